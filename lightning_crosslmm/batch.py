@@ -1,0 +1,101 @@
+"""The batch: what the data side hands to the model, flat, with boundaries.
+
+Axis letters:
+    F  frames of all visuals in the batch       C H W  channels, pixel rows, pixel columns
+    V  visuals (videos and images)              B      samples (conversations)
+    L  text tokens of all samples, marks included
+"""
+
+from dataclasses import dataclass, replace
+from typing import Self
+
+import torch
+from torch import Tensor
+
+VISUAL_MARK = -200
+"""Stands in ``ids_L`` where a visual's pooled tokens go. Negative, so it can be no token of any vocabulary."""
+
+IGNORED = -100
+"""Stands in ``labels_L`` where nothing is to be predicted."""
+
+
+@dataclass(frozen=True)
+class VideoBatch:
+    """Samples with their frames and text, packed without padding.
+
+    Boundaries and times stay on the CPU wherever the batch goes: the layout is computed there, so that no layer waits
+    for the accelerator to tell a count.
+
+    Args:
+        frames_FCHW: uint8, frames of all visuals one after the other, already at the encoder's size. F may be 0.
+        frame_time_s_F: float32, seconds from the start of the frame's video; 0 for an image.
+        visual_offsets: (V+1,) int64, the frames of visual v are ``[v], [v+1]``. Visuals stand in the order of their marks.
+        sample_of_visual: (V,) int64, not decreasing.
+        ids_L: int64 token ids of all samples one after the other, ``VISUAL_MARK`` where a visual stands.
+        labels_L: int64, the token's own id where it is part of an answer (no shift), ``IGNORED`` elsewhere.
+        answer_L: int64, index into ``answer_kinds`` where a label stands, -1 elsewhere.
+        text_offsets: (B+1,) int64, the text of sample b is ``[b], [b+1]``.
+        row_of_sample: (B,) int64, row of the LLM batch; samples of one row are packed neighbours that never see each other.
+        keys: B sample keys, for messages and records.
+        answer_kinds: the question type of each answer, "" where the data names none.
+    """
+
+    frames_FCHW: Tensor
+    frame_time_s_F: Tensor
+    visual_offsets: Tensor
+    sample_of_visual: Tensor
+    ids_L: Tensor
+    labels_L: Tensor
+    answer_L: Tensor
+    text_offsets: Tensor
+    row_of_sample: Tensor
+    keys: tuple[str, ...]
+    answer_kinds: tuple[str, ...]
+
+    _MOVING = ("frames_FCHW", "ids_L", "labels_L", "answer_L")
+
+    @property
+    def num_samples(self) -> int:
+        """How many conversations the batch holds."""
+        return len(self.keys)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
+        """Move frames, ids and labels to a device; boundaries and times stay on the CPU."""
+        moved = {name: getattr(self, name).to(device, non_blocking=non_blocking) for name in self._MOVING}
+        return replace(self, **moved)
+
+    def pin_memory(self) -> Self:
+        """Put what moves into page-locked memory."""
+        return replace(self, **{name: getattr(self, name).pin_memory() for name in self._MOVING})
+
+    def validate(self) -> None:
+        """Check that counts, marks, boundaries and dtypes fit together.
+
+        Raises:
+            ValueError: names the samples' keys and the two counts that disagree.
+        """
+        who = f"batch of {list(self.keys)}"
+        _check_offsets(self.visual_offsets, len(self.frames_FCHW), f"{who}: visual_offsets and frames")
+        _check_offsets(self.text_offsets, len(self.ids_L), f"{who}: text_offsets and ids")
+        if self.frames_FCHW.dtype != torch.uint8 or self.frames_FCHW.ndim != 4:
+            raise ValueError(f"{who}: frames must be uint8 (F, C, H, W), got {self.frames_FCHW.dtype} {tuple(self.frames_FCHW.shape)}")
+        if len(self.frame_time_s_F) != len(self.frames_FCHW):
+            raise ValueError(f"{who}: {len(self.frame_time_s_F)} frame times for {len(self.frames_FCHW)} frames")
+        if len(self.text_offsets) - 1 != self.num_samples or len(self.row_of_sample) != self.num_samples:
+            raise ValueError(f"{who}: {self.num_samples} keys, {len(self.text_offsets) - 1} texts, {len(self.row_of_sample)} rows")
+        if not (len(self.ids_L) == len(self.labels_L) == len(self.answer_L)):
+            raise ValueError(f"{who}: {len(self.ids_L)} ids, {len(self.labels_L)} labels, {len(self.answer_L)} answer indices")
+        sample_L = torch.repeat_interleave(torch.arange(self.num_samples), self.text_offsets.diff())
+        marks_B = torch.bincount(sample_L[self.ids_L.cpu() == VISUAL_MARK], minlength=self.num_samples)
+        visuals_B = torch.bincount(self.sample_of_visual, minlength=self.num_samples)
+        if not torch.equal(marks_B, visuals_B):
+            raise ValueError(f"{who}: marks per sample {marks_B.tolist()} but visuals per sample {visuals_B.tolist()}")
+        if (self.sample_of_visual.diff() < 0).any():
+            raise ValueError(f"{who}: sample_of_visual decreases: {self.sample_of_visual.tolist()}")
+
+
+def _check_offsets(offsets: Tensor, total: int, what: str) -> None:
+    if offsets.device.type != "cpu" or offsets.dtype != torch.int64:
+        raise ValueError(f"{what}: offsets must be int64 on the CPU, got {offsets.dtype} on {offsets.device}")
+    if offsets[0] != 0 or offsets[-1] != total or (offsets.diff() < 0).any():
+        raise ValueError(f"{what}: offsets {offsets.tolist()} must rise from 0 to {total}")
