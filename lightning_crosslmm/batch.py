@@ -23,8 +23,8 @@ IGNORED = -100
 class VideoBatch:
     """Samples with their frames and text, packed without padding.
 
-    Boundaries and times stay on the CPU wherever the batch goes: the layout is computed there, so that no layer waits
-    for the accelerator to tell a count.
+    Only frames move to the accelerator. Text, boundaries and times stay on the CPU: the layout is computed there, so that nothing
+    waits for the accelerator to tell a count, and what the model needs of it moves in one go.
 
     Args:
         frames_FCHW: uint8, frames of all visuals one after the other, already at the encoder's size. F may be 0.
@@ -52,21 +52,18 @@ class VideoBatch:
     keys: tuple[str, ...]
     answer_kinds: tuple[str, ...]
 
-    _MOVING = ("frames_FCHW", "ids_L", "labels_L", "answer_L")
-
     @property
     def num_samples(self) -> int:
         """How many conversations the batch holds."""
         return len(self.keys)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
-        """Move frames, ids and labels to a device; boundaries and times stay on the CPU."""
-        moved = {name: getattr(self, name).to(device, non_blocking=non_blocking) for name in self._MOVING}
-        return replace(self, **moved)
+        """Move the frames to a device."""
+        return replace(self, frames_FCHW=self.frames_FCHW.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Self:
-        """Put what moves into page-locked memory."""
-        return replace(self, **{name: getattr(self, name).pin_memory() for name in self._MOVING})
+        """Put the frames into page-locked memory."""
+        return replace(self, frames_FCHW=self.frames_FCHW.pin_memory())
 
     def validate(self) -> None:
         """Check that counts, marks, boundaries and dtypes fit together.
@@ -86,7 +83,7 @@ class VideoBatch:
         if not (len(self.ids_L) == len(self.labels_L) == len(self.answer_L)):
             raise ValueError(f"{who}: {len(self.ids_L)} ids, {len(self.labels_L)} labels, {len(self.answer_L)} answer indices")
         sample_L = torch.repeat_interleave(torch.arange(self.num_samples), self.text_offsets.diff())
-        marks_B = torch.bincount(sample_L[self.ids_L.cpu() == VISUAL_MARK], minlength=self.num_samples)
+        marks_B = torch.bincount(sample_L[self.ids_L == VISUAL_MARK], minlength=self.num_samples)
         visuals_B = torch.bincount(self.sample_of_visual, minlength=self.num_samples)
         if not torch.equal(marks_B, visuals_B):
             raise ValueError(f"{who}: marks per sample {marks_B.tolist()} but visuals per sample {visuals_B.tolist()}")

@@ -1,0 +1,1 @@
+"""What a run shows and leaves behind: one observable behaviour per file."""

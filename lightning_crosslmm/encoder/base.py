@@ -1,0 +1,84 @@
+"""The encoder's contract: uint8 frames in, a raster of patches per frame out.
+
+Axis letters:
+    F  frames    C H W  channels, pixel rows, pixel columns    N  patches per frame    E  encoder width
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lightning_crosslmm.errors import UserError
+
+
+class Encoder(nn.Module):
+    """Turn frames into source tokens, one raster of patches per frame.
+
+    Subclasses set `width` and `grid` and write `patches`.
+
+    Args:
+        image_size: pixels per side that the tower expects.
+        mean: per channel, on the 0..1 scale.
+        std: per channel, on the 0..1 scale.
+        frames_per_chunk: most frames in one call of the tower, so that memory does not grow with the clip; 1 or more.
+
+    Raises:
+        UserError: `frames_per_chunk` below 1.
+    """
+
+    width: int
+    grid: tuple[int, int]
+
+    def __init__(self, image_size: int, mean: Sequence[float], std: Sequence[float], frames_per_chunk: int) -> None:
+        super().__init__()
+        if frames_per_chunk < 1:
+            raise UserError(f"encoder.frames_per_chunk is {frames_per_chunk}; it must be 1 frame or more")
+        self.image_size, self.frames_per_chunk = image_size, frames_per_chunk
+        self.register_buffer("mean_C11", torch.tensor(list(mean)).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std_C11", torch.tensor(list(std)).view(-1, 1, 1), persistent=False)
+
+    def normalise(self, frames_FCHW: Tensor) -> Tensor:
+        """Bring uint8 pixels to the tower's scale: ``(x / 255 - mean) / std``, in the tower's dtype."""
+        dtype = next(self.parameters()).dtype
+        # one fused multiply-add per pixel: the division by 255 and by std share a factor
+        scale_C11 = 1.0 / (255.0 * self.std_C11)
+        return torch.addcmul(-self.mean_C11 / self.std_C11, frames_FCHW.float(), scale_C11).to(dtype)
+
+    def patches(self, pixels_FCHW: Tensor) -> Tensor:
+        """Run the tower: normalised (F, C, H, W) to (F, N, E), raster order, no class or register tokens."""
+        raise NotImplementedError
+
+    def forward(self, frames_FCHW: Tensor) -> Tensor:
+        """Encode one chunk of frames.
+
+        Args:
+            frames_FCHW: uint8, H = W = `image_size`.
+
+        Returns:
+            (F, N, E) in the tower's dtype.
+
+        Raises:
+            UserError: the frames have another size.
+        """
+        if tuple(frames_FCHW.shape[-2:]) != (self.image_size, self.image_size):
+            raise UserError(
+                f"the encoder expects frames of {self.image_size}x{self.image_size} pixels, got "
+                f"{frames_FCHW.shape[-2]}x{frames_FCHW.shape[-1]}; set data.image_size to encoder.image_size"
+            )
+        return self.patches(self.normalise(frames_FCHW))
+
+    def gradient_checkpointing_enable(self) -> None:
+        """Recompute the tower's blocks in the backward pass."""
+        raise NotImplementedError
+
+
+def block_number(layer: int, num_blocks: int) -> int:
+    """Turn `encoder.layer` (negative counts from the last block) into a block number from 0.
+
+    Raises:
+        UserError: the tower has no such block.
+    """
+    if not -num_blocks <= layer < num_blocks:
+        raise UserError(f"encoder.layer is {layer}; this tower has blocks 0 to {num_blocks - 1} (or -{num_blocks} to -1)")
+    return layer % num_blocks

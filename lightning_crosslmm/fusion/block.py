@@ -1,0 +1,202 @@
+"""The fusion block: V2V and T2V, side by side, gated, inside one decoder layer.
+
+Axis letters:
+    R T  rows and positions of the LLM batch    D  LLM width    S  source tokens    E  width of the source tokens
+    Q  queries of a branch    H  query heads    A  key and value heads    K  channels per head
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from lightning_crosslmm.errors import UserError
+from lightning_crosslmm.fusion.attention import attention_weights, cross_attention
+from lightning_crosslmm.fusion.context import FusionContext, Queries
+from lightning_crosslmm.host import HostLayer
+
+
+class Gate(nn.Module):
+    """Scale an update by a learned factor in (-1, 1): ``tanh(a) * x``.
+
+    Source: CrossLMM, arXiv:2505.17020v1, Eqs. (7), (10): gamma in [-1, 1]; Fig. 3 labels it tanh gating.
+    Differs: neither form nor start is given. A scalar per branch and layer that starts at 0 is the convention of Flamingo and Mllama and
+        leaves a pretrained LLM undisturbed; a model trained from scratch wants it open, because at 0 the gate and what it guards wait
+        for each other's gradient.
+
+    Args:
+        kind: ``scalar``, ``channel`` (one factor per channel of the LLM) or ``none`` (always 1).
+        init: the factor itself at the start, -1 < init < 1 (a = atanh(init)).
+        width: D.
+
+    Raises:
+        UserError: an unknown kind, or an init outside (-1, 1).
+    """
+
+    def __init__(self, kind: str, init: float, width: int) -> None:
+        super().__init__()
+        if kind not in ("scalar", "channel", "none"):
+            raise UserError(f"fusion.gate is '{kind}'; right are scalar, channel, none")
+        if not -1 < init < 1:
+            raise UserError(f"fusion.gate_init is {init}; it is the gate's factor itself and must lie between -1 and 1, ends excluded")
+        shape = {"scalar": (1,), "channel": (width,), "none": None}[kind]
+        start = None if shape is None else torch.full(shape, math.atanh(init))
+        self.raw = None if start is None else nn.Parameter(start)
+
+    def forward(self, update_QD: Tensor) -> Tensor:
+        """Scale an update."""
+        return update_QD if self.raw is None else self.raw.tanh().to(update_QD.dtype) * update_QD
+
+
+class KeysValues(nn.Module):
+    """Keys and values of the source tokens: ``W_k norm(s), W_v norm(s)``.
+
+    Source: CrossLMM, arXiv:2505.17020v1, Eqs. (6), (9).
+    Differs: the norm is ours (not given); grouped heads and biases are the host layer's, which fits the 43 M parameters of Table 3.
+
+    Args:
+        host: shape of the host layer's attention.
+        source_width: E.
+    """
+
+    def __init__(self, host: HostLayer, source_width: int) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(source_width, eps=host.norm_eps)
+        inner = host.num_kv_heads * host.head_width
+        self.k_proj = nn.Linear(source_width, inner, bias=host.qkv_bias)
+        self.v_proj = nn.Linear(source_width, inner, bias=host.qkv_bias)
+        self.k_norm = nn.RMSNorm(host.head_width, eps=host.norm_eps) if host.head_norm else nn.Identity()
+        self.heads = (host.num_kv_heads, host.head_width)
+
+    def forward(self, source_SE: Tensor) -> tuple[Tensor, Tensor]:
+        """Give (S, A, K) keys and values."""
+        normed_SE = self.norm(source_SE)
+        key_SAK = self.k_norm(self.k_proj(normed_SE).unflatten(-1, self.heads))
+        return key_SAK, self.v_proj(normed_SE).unflatten(-1, self.heads)
+
+
+class Branch(nn.Module):
+    """The query side of one branch: ``gate * W_o Attn(W_q norm(h), K, V)``.
+
+    Source: CrossLMM, arXiv:2505.17020v1, Eqs. (5)-(7) for V2V, (8)-(10) for T2V.
+    Differs: Eq. (4) writes a post-norm; a pretrained pre-norm LLM would break, so the query is normed and the residual is not. An output
+        projection is added: heads need re-mixing, and the parameter count asks for it. No rotary positions: queries and
+        keys live on different axes, and the paper names none.
+
+    Args:
+        host: shape of the host layer's attention.
+        gate: kind of the gate.
+        gate_init: the gate's factor at the start.
+    """
+
+    def __init__(self, host: HostLayer, gate: str, gate_init: float) -> None:
+        super().__init__()
+        inner = host.num_heads * host.head_width
+        self.norm = nn.RMSNorm(host.width, eps=host.norm_eps)
+        self.q_proj = nn.Linear(host.width, inner, bias=host.qkv_bias)
+        self.q_norm = nn.RMSNorm(host.head_width, eps=host.norm_eps) if host.head_norm else nn.Identity()
+        self.o_proj = nn.Linear(inner, host.width, bias=host.out_bias)
+        self.gate = Gate(gate, gate_init, host.width)
+        self.heads = (host.num_heads, host.head_width)
+
+    def query(self, hidden_QD: Tensor, time_QD: Tensor | None) -> Tensor:
+        """Give (Q, H, K) queries."""
+        normed_QD = self.norm(hidden_QD)
+        if time_QD is not None:
+            normed_QD = normed_QD + time_QD.to(normed_QD.dtype)
+        return self.q_norm(self.q_proj(normed_QD).unflatten(-1, self.heads))
+
+    def update(self, attended_QHK: Tensor) -> Tensor:
+        """Mix the heads and scale by the gate: (Q, D)."""
+        return self.gate(self.o_proj(attended_QHK.flatten(-2)))
+
+
+class FusionBlock(nn.Module):
+    """Let pooled and text tokens re-read the source tokens.
+
+    ``h[pooled] += V2V(h[pooled], source);  h[text] += T2V(h[text], source)``, both from the same h.
+
+    Source: CrossLMM, arXiv:2505.17020v1, section 3.3 and Fig. 2.
+    Differs: the block owns no feed-forward network; a new one in each of 7 layers would be 290 M parameters where Table 3 has 43 M, so
+        the one drawn in Fig. 2 is the host layer's. V2V and T2V have their own matrices, because stage 1 trains one without the
+        other; `share_kv` lets them share keys and values.
+
+    Args:
+        host: the layer it moves into.
+        layer: number of that layer, for the cache.
+        source_width: width of the source tokens it reads.
+        v2v: whether pooled tokens re-read.
+        t2v: whether text tokens re-read.
+        gate: kind of the gates.
+        gate_init: the gates' factor at the start.
+        share_kv: one set of key and value projections for both branches.
+        backend: of `cross_attention`.
+    """
+
+    def __init__(
+        self,
+        host: HostLayer,
+        layer: int,
+        source_width: int,
+        *,
+        v2v: bool,
+        t2v: bool,
+        gate: str,
+        gate_init: float,
+        share_kv: bool,
+        backend: str,
+    ) -> None:
+        super().__init__()
+        self.layer, self.backend, self.share_kv = layer, backend, share_kv
+        self.v2v = Branch(host, gate, gate_init) if v2v else None
+        self.t2v = Branch(host, gate, gate_init) if t2v else None
+        names = ["shared"] if share_kv else [name for name, on in (("v2v", v2v), ("t2v", t2v)) if on]
+        self.keys_values = nn.ModuleDict({name: KeysValues(host, source_width) for name in names})
+
+    def forward(self, hidden_RTD: Tensor, context: FusionContext) -> Tensor:
+        """Add both updates to the hidden states of the positions that ask.
+
+        Args:
+            hidden_RTD: hidden states of the host layer.
+            context: source tokens and who reads which of them.
+
+        Returns:
+            (R, T, D), same dtype.
+        """
+        flat_PD = hidden_RTD.flatten(0, 1)
+        source_SE = context.source_SE.to(hidden_RTD.dtype)
+        updates: list[Tensor] = []
+        places: list[Tensor] = []
+        made: dict[str, tuple[Tensor, Tensor]] = {}
+        for name, branch, queries in (("v2v", self.v2v, context.v2v), ("t2v", self.t2v, context.t2v)):
+            if branch is None or queries is None:
+                continue
+            key_SAK, value_SAK = self._keys_values(name, source_SE, context, made)
+            time_QD = context.v2v_time_QD if name == "v2v" else None
+            query_QHK = branch.query(flat_PD[queries.position_Q], time_QD)
+            attended_QHK = cross_attention(query_QHK, key_SAK, value_SAK, queries.spans, self.backend)
+            if context.looks is not None:
+                context.looks.append((self.layer, name, attention_weights(query_QHK, key_SAK, queries.spans)))
+            updates.append(_scaled(branch.update(attended_QHK), queries))
+            places.append(queries.position_Q)
+        if not updates:
+            return hidden_RTD
+        update_QD = torch.cat(updates).to(hidden_RTD.dtype)
+        return flat_PD.index_add(0, torch.cat(places), update_QD).view_as(hidden_RTD)
+
+    def _keys_values(
+        self, name: str, source_SE: Tensor, context: FusionContext, made: dict[str, tuple[Tensor, Tensor]]
+    ) -> tuple[Tensor, Tensor]:
+        kept = context.keys_values if name == "t2v" else None
+        if kept is not None and self.layer in kept:
+            return kept[self.layer]
+        which = "shared" if self.share_kv else name
+        if which not in made:
+            made[which] = self.keys_values[which](source_SE)
+        if kept is not None:
+            kept[self.layer] = made[which]
+        return made[which]
+
+
+def _scaled(update_QD: Tensor, queries: Queries) -> Tensor:
+    return update_QD if queries.weight == 1.0 else update_QD * queries.weight

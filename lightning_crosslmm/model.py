@@ -1,0 +1,356 @@
+"""CrossLMM: encoder, pooler, projector, placement, LLM and fusion, assembled.
+
+Axis letters:
+    F  frames    C H W  channels, pixel rows, pixel columns    N  patches per frame    S  source tokens    P  pooled tokens
+    E  encoder width    D  LLM width    R T  rows and positions of the LLM batch    Y  predicted tokens    W  vocabulary
+"""
+
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lightning_crosslmm.batch import VideoBatch
+from lightning_crosslmm.decoding import Decoding, Streamer
+from lightning_crosslmm.encoder import Encoder
+from lightning_crosslmm.errors import UserError
+from lightning_crosslmm.fusion import FrameTime, Fusion, FusionContext, Queries, Spans
+from lightning_crosslmm.llm import host_layer, insert_block
+from lightning_crosslmm.llm.layers import packed_mask
+from lightning_crosslmm.placement import Layout, place
+from lightning_crosslmm.pooler import Pooler, Stage
+from lightning_crosslmm.tokens import TokenSet
+
+ROLES = ("encoder", "pooler", "projector", "fusion", "llm")
+
+
+@dataclass(frozen=True)
+class Visuals:
+    """The visual side of a batch.
+
+    Args:
+        pooled: what the LLM reads, at its width.
+        source: what fusion reads, at the LLM's or the encoder's width.
+        is_blank: a stand-in for a batch without visuals; takes no part but in the graph.
+    """
+
+    pooled: TokenSet
+    source: TokenSet
+    is_blank: bool
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A batch ready for the LLM.
+
+    Args:
+        embeds_RTD: input embeddings.
+        attention_mask: (R, T) with 1 where a position is real, or (R, 1, T, T) for packed rows.
+        position_RT: position ids.
+        layout: where everything stands.
+        context: for the fused layers; None without fusion or visuals.
+    """
+
+    embeds_RTD: Tensor
+    attention_mask: Tensor
+    position_RT: Tensor
+    layout: Layout
+    context: FusionContext | None
+
+
+@dataclass(frozen=True)
+class Output:
+    """What training and validation read.
+
+    Args:
+        logits_YW: one row per answer token of the batch.
+        target_Y: the answer tokens.
+        answer_Y: the answer each belongs to.
+    """
+
+    logits_YW: Tensor
+    target_Y: Tensor
+    answer_Y: Tensor
+
+
+class CrossLMM(nn.Module):
+    """A video LMM that reads few tokens per frame and re-reads all of them inside the LLM.
+
+    ``source = encoder(frames); pooled = projector(pooler(source)); answer = LLM([pooled; text], source)``
+
+    Source: CrossLMM, arXiv:2505.17020v1, Fig. 2.
+    Differs: see `AveragePooler`, `MLPProjector`, `Fusion`, `FusionBlock` and `place`, each for its own part.
+
+    Args:
+        encoder: frames to source tokens.
+        pooler: source tokens to pooled tokens.
+        projector: called as ``projector(in_width, out_width)``, gives the module.
+        fusion: which layers read source tokens, and how.
+        llm: a causal model from `load_llm`.
+
+    Raises:
+        UserError: two parts that do not fit, naming both.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        pooler: Pooler,
+        projector: Callable[[int, int], nn.Module],
+        fusion: Fusion,
+        llm: PreTrainedModel,
+    ) -> None:
+        super().__init__()
+        self.encoder, self.pooler, self.llm = encoder, pooler, llm
+        width = llm.config.hidden_size
+        self.projector = projector(encoder.width, width)
+        self.fusion_settings = fusion
+        self.tokens_per_frame = pooler.tokens_per_frame(encoder.grid)
+        source_width = encoder.width if fusion.key_source == "encoder" else width
+        layers = fusion.layers(llm.config.num_hidden_layers)
+        for number in layers:
+            block = fusion.block(host_layer(llm, number), number, source_width)
+            insert_block(llm, number, block, before_layer=fusion.placement == "before_layer")
+        timed = bool(layers) and fusion.frame_time == "sinusoidal"
+        self.key_time = FrameTime(source_width) if timed else None
+        self.query_time = FrameTime(width) if timed and fusion.v2v else None
+        self.fused_layers = tuple(layers)
+
+    def encode(self, batch: VideoBatch) -> Visuals:
+        """Encode, pool and project the visuals of a batch.
+
+        A training batch without any visual encodes one blank frame, so that every rank runs the same collectives and every
+        parameter has a gradient; what it gives is multiplied by 0.
+        """
+        is_blank = len(batch.frames_FCHW) == 0
+        frames_FCHW, annotations = batch.frames_FCHW, (batch.visual_offsets, batch.sample_of_visual, batch.frame_time_s_F)
+        if is_blank:
+            side = self.encoder.image_size
+            frames_FCHW = frames_FCHW.new_zeros(1, 3, side, side)
+            annotations = (torch.tensor([0, 1]), torch.tensor([0]), torch.zeros(1))
+        chunks = frames_FCHW.split(self.encoder.frames_per_chunk)
+        patches_FNE = torch.cat([self.encoder(chunk_FCHW) for chunk_FCHW in chunks])
+        tokens = TokenSet.from_grid(patches_FNE, self.encoder.grid, *annotations)
+        before = self.pooler.stage is Stage.BEFORE_PROJECTOR
+        needs_source = bool(self.fused_layers) and self.fusion_settings.key_source == "projected"
+        projected = self._project(tokens) if needs_source or not before else None
+        pooled = self._project(self.pooler(tokens)) if before else self.pooler(projected)
+        return Visuals(pooled, projected if needs_source else tokens, is_blank)
+
+    def _project(self, tokens: TokenSet) -> TokenSet:
+        return tokens.with_features(self.projector(tokens.features_SD))
+
+    def prompt(self, batch: VideoBatch, *, pad_left: bool = False, keeps_keys: bool = False) -> Prompt:
+        """Place a batch in front of the LLM.
+
+        Args:
+            batch: samples; marks and visuals agree (`VideoBatch.validate`).
+            pad_left: as generation wants.
+            keeps_keys: compute text-to-visual keys and values once and keep them, for generation.
+
+        Raises:
+            UserError: a row is longer than the LLM's context.
+        """
+        device = self.llm.get_input_embeddings().weight.device
+        wants_visuals = len(batch.frames_FCHW) > 0 or self.training
+        visuals = self.encode(batch) if wants_visuals else None
+        layout = self._place(batch, visuals, pad_left)
+        embed = self.llm.get_input_embeddings()
+        text_MD = embed(layout.text_ids_M.to(device, non_blocking=True))
+        flat_PD = text_MD.new_zeros(layout.num_rows * layout.num_positions, text_MD.shape[-1])
+        flat_PD = flat_PD.index_copy(0, layout.text_position.to(device), text_MD)
+        if visuals is not None and visuals.is_blank:
+            flat_PD = flat_PD + 0.0 * visuals.pooled.features_SD.sum()
+        elif visuals is not None:
+            pooled_PD = visuals.pooled.features_SD.to(text_MD.dtype)
+            flat_PD = flat_PD.index_copy(0, layout.pooled_position_P.to(device), pooled_PD)
+        mask_RT = layout.sample_RT.to(device)
+        implementation = self.llm.config._attn_implementation
+        return Prompt(
+            embeds_RTD=flat_PD.view(layout.num_rows, layout.num_positions, -1),
+            attention_mask=packed_mask(mask_RT, implementation, text_MD.dtype) if layout.is_packed else (mask_RT >= 0).long(),
+            position_RT=layout.position_RT.to(device),
+            layout=layout,
+            context=self._context(layout, visuals, keeps_keys),
+        )
+
+    def _place(self, batch: VideoBatch, visuals: Visuals | None, pad_left: bool) -> Layout:
+        if visuals is None or visuals.is_blank:
+            nothing = TokenSet.from_grid(torch.zeros(0, 1, 1), (1, 1), torch.tensor([0]), batch.sample_of_visual, torch.zeros(0))
+            pooled = source = nothing
+        else:
+            pooled, source = visuals.pooled, visuals.source
+        return place(
+            batch,
+            pooled,
+            source,
+            scope=self.fusion_settings.scope,
+            window_frames=self.fusion_settings.window_frames,
+            pad_left=pad_left,
+            max_positions=self.llm.config.max_position_embeddings,
+        )
+
+    def _context(self, layout: Layout, visuals: Visuals | None, keeps_keys: bool) -> FusionContext | None:
+        if visuals is None or not self.fused_layers:
+            return None
+        source = visuals.source
+        source_SE, device = source.features_SD, source.features_SD.device
+        v2v = None if layout.v2v is None else Queries(layout.pooled_position_P.to(device), layout.v2v)
+        t2v = None if layout.t2v is None else Queries(layout.t2v_position.to(device), layout.t2v)
+        if self.training:  # a branch that nobody asks still takes part in the graph, with weight 0
+            blank = Queries(torch.zeros(1, dtype=torch.int64, device=device), _one_span(source.num_tokens), weight=0.0)
+            v2v, t2v = v2v or blank, t2v or blank
+        time_s_F = source.frame_time_s_F.to(device)
+        if self.key_time is not None:
+            source_SE = source_SE + _per_token(self.key_time(time_s_F), source).to(source_SE.dtype)
+        time_QD = None
+        if self.query_time is not None and v2v is not None:
+            asking = source if layout.v2v is None else visuals.pooled  # the blank query stands for some token of the blank frame
+            time_QD = _per_token(self.query_time(time_s_F), asking)[: len(v2v.position_Q)]
+        return FusionContext(
+            source_SE=source_SE,
+            v2v=v2v,
+            t2v=t2v,
+            v2v_time_QD=time_QD,
+            row_spans=layout.row_spans,
+            prompt_length=layout.num_positions,
+            keys_values={} if keeps_keys else None,
+        )
+
+    def run(self, prompt: Prompt) -> Tensor:
+        """Run the LLM's layers on a prompt: (R, T, D), after the last norm."""
+        extra = {} if prompt.context is None else {"fusion": prompt.context}
+        return self.llm.model(
+            inputs_embeds=prompt.embeds_RTD,
+            attention_mask=prompt.attention_mask,
+            position_ids=prompt.position_RT,
+            use_cache=False,
+            **extra,
+        ).last_hidden_state
+
+    def forward(self, batch: VideoBatch) -> Output:
+        """Predict the answer tokens of a batch.
+
+        The head runs on positions that predict an answer and on no other: with a vocabulary of 152,000 it would otherwise cost
+        more memory than everything else.
+        """
+        prompt = self.prompt(batch)
+        hidden_RTD = self.run(prompt)
+        layout = prompt.layout
+        hidden_YD = hidden_RTD.flatten(0, 1)[layout.predict_position_Y.to(hidden_RTD.device)]
+        return Output(
+            logits_YW=self.llm.lm_head(hidden_YD),
+            target_Y=layout.target_Y.to(hidden_RTD.device),
+            answer_Y=layout.answer_Y,
+        )
+
+    @torch.no_grad()
+    def generate(
+        self, batch: VideoBatch, decoding: Decoding, *, stop_id: int, pad_id: int, streamer: Streamer | None = None
+    ) -> list[list[int]]:
+        """Answer the prompts of a batch, of unequal length or not.
+
+        Args:
+            batch: one sample per row, its text ending where the answer begins.
+            decoding: how the next token is chosen.
+            stop_id: the token that ends an answer.
+            pad_id: the token after it.
+            streamer: receives ids as they come (one prompt only).
+
+        Returns:
+            New ids of each sample, the stop token left out.
+
+        Raises:
+            UserError: packed rows, or a prompt that leaves no room for the answer.
+        """
+        if batch.num_samples != len(batch.row_of_sample.unique()):
+            raise UserError("generation wants one sample per row; set data.samples_per_row=1")
+        was_training = self.training
+        self.eval()
+        try:
+            prompt = self.prompt(batch, pad_left=True, keeps_keys=True)
+            ids_RT = decoding.generate(
+                self.llm,
+                prompt.embeds_RTD,
+                prompt.attention_mask,
+                prompt.context,
+                stop_id=stop_id,
+                pad_id=pad_id,
+                streamer=streamer,
+            )
+        finally:
+            self.train(was_training)
+        return [row[: row.index(stop_id)] if stop_id in row else row for row in ids_RT.tolist()]
+
+    def role_of(self, parameter_name: str) -> str:
+        """Name the role of a parameter: encoder, pooler, projector, fusion or llm."""
+        top = parameter_name.split(".", 1)[0]
+        if top in ("key_time", "query_time") or ".fusion." in parameter_name:
+            return "fusion"
+        return top
+
+    def gradient_checkpointing_enable(self) -> None:
+        """Recompute encoder blocks and decoder layers, fusion included, in the backward pass."""
+        self.encoder.gradient_checkpointing_enable()
+        self.llm.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def num_parameters(self) -> dict[str, int]:
+        """Count parameters by role; tied ones once."""
+        counts = dict.fromkeys(ROLES, 0)
+        for name, parameter in self.named_parameters():
+            counts[self.role_of(name)] += parameter.numel()
+        return counts
+
+
+def _one_span(num_keys: int) -> Spans:
+    return Spans(torch.tensor([0, 1]), torch.tensor([0]), torch.tensor([num_keys]))
+
+
+def _per_token(embedded_FD: Tensor, tokens: TokenSet) -> Tensor:
+    return embedded_FD.repeat_interleave(tokens.frame_offsets.diff().to(embedded_FD.device), dim=0, output_size=tokens.num_tokens)
+
+
+def load_weights(model: CrossLMM, path: Path) -> dict[str, list[str]]:
+    """Take the weights of an earlier run, for a new training (the second stage, for one).
+
+    Fusion may be new: parameters of that role that the checkpoint lacks keep their start. Everything else must be there.
+
+    Args:
+        model: the model to fill.
+        path: a checkpoint of a run.
+
+    Returns:
+        Names that kept their start, by role.
+
+    Raises:
+        UserError: not a checkpoint, or one of another configuration; lists what is missing, unexpected or of another shape, by role.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+    except (OSError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
+        raise UserError(f"'{path}' is no checkpoint of a run: {error}") from error
+    found = {name.removeprefix("model."): tensor for name, tensor in state.items() if name.startswith("model.")}
+    own = model.state_dict()
+    missing = [name for name in own if name not in found]
+    wrong = {
+        "missing": [name for name in missing if model.role_of(name) != "fusion"],
+        "unexpected": [name for name in found if name not in own],
+        "of another shape": [name for name in found if name in own and found[name].shape != own[name].shape],
+    }
+    if any(wrong.values()):
+        counts = [f"{what}: {_by_role(model, names)}" for what, names in wrong.items() if names]
+        raise UserError(
+            f"'{path}' is from another configuration ({'; '.join(counts)}); "
+            "compose the same encoder, pooler, projector, fusion and llm as the config.yaml beside it"
+        )
+    model.load_state_dict(found, strict=False)
+    return {role: [name for name in missing if model.role_of(name) == role] for role in ROLES}
+
+
+def _by_role(model: CrossLMM, names: list[str]) -> str:
+    roles = {role: [name for name in names if model.role_of(name) == role] for role in ROLES}
+    return ", ".join(f"{len(found)} of {role}, such as {found[0]}" for role, found in roles.items() if found)

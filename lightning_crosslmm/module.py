@@ -1,0 +1,112 @@
+"""The LightningModule: training, validation, testing and prediction around `CrossLMM`."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import lightning
+import torch
+from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler
+
+from lightning_crosslmm.batch import VideoBatch
+from lightning_crosslmm.decoding import Decoding
+from lightning_crosslmm.errors import UserError
+from lightning_crosslmm.metrics import AnswerAccuracy, answers_right
+from lightning_crosslmm.model import CrossLMM
+from lightning_crosslmm.objective import answer_loss
+from lightning_crosslmm.optim import OptimSettings
+from lightning_crosslmm.text import Tokenizer, decode_answer
+
+
+class CrossLMMModule(lightning.LightningModule):
+    """Hooks only: what is computed lives in the parts it calls.
+
+    Logs ``train/loss`` and ``train/accuracy`` per step, ``val/...`` and ``test/...`` per epoch: ``loss`` in nats per answer token,
+    ``accuracy`` and ``accuracy/TYPE`` as shares of answers that are right to the last token.
+
+    Args:
+        model: the network.
+        tokenizer: of the data.
+        optim: learning rates, schedule, what is frozen.
+        decoding: how `predict_step` answers.
+        answer_kinds: question types of the data.
+        gradient_checkpointing: recompute encoder blocks and decoder layers in the backward pass.
+    """
+
+    def __init__(
+        self,
+        model: CrossLMM,
+        tokenizer: Tokenizer,
+        optim: OptimSettings,
+        decoding: Decoding,
+        answer_kinds: Iterable[str] = (),
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        self.model, self.tokenizer, self.optim, self.decoding = model, tokenizer, optim, decoding
+        optim.freeze(model)
+        if gradient_checkpointing:
+            model.gradient_checkpointing_enable()
+        self.val_accuracy = AnswerAccuracy(answer_kinds)
+        self.test_accuracy = self.val_accuracy.clone()
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """Build the optimizer and a schedule over ``trainer.max_steps``.
+
+        Raises:
+            UserError: the trainer has no number of steps; asking Lightning to estimate it would lose the data's position on resume.
+        """
+        optimizer = self.optim.optimizer(self.model)
+        total_steps = self.trainer.max_steps
+        if total_steps < 1:
+            raise UserError(f"trainer.max_steps is {total_steps}; the schedule needs a number of optimizer steps, 1 or more")
+        schedule: LRScheduler = self.optim.scheduler(optimizer, total_steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def training_step(self, batch: VideoBatch, batch_index: int) -> Tensor:
+        """Give the loss of one batch."""
+        output = self.model(batch)
+        loss = answer_loss(output.logits_YW, output.target_Y)
+        right_Z = answers_right(output.logits_YW.detach(), output.target_Y, output.answer_Y, len(batch.answer_kinds))
+        self.log("train/loss", loss.detach(), batch_size=batch.num_samples)
+        if len(right_Z):
+            self.log("train/accuracy", right_Z.float().mean(), batch_size=len(right_Z))
+        return loss
+
+    def validation_step(self, batch: VideoBatch, batch_index: int) -> None:
+        """Count right answers of one validation batch."""
+        self._measure(batch, "val", self.val_accuracy)
+
+    def test_step(self, batch: VideoBatch, batch_index: int) -> None:
+        """Count right answers of one test batch."""
+        self._measure(batch, "test", self.test_accuracy)
+
+    def _measure(self, batch: VideoBatch, stage: str, accuracy: AnswerAccuracy) -> None:
+        output = self.model(batch)
+        loss = answer_loss(output.logits_YW, output.target_Y)
+        right_Z = answers_right(output.logits_YW, output.target_Y, output.answer_Y, len(batch.answer_kinds))
+        accuracy.count(right_Z, batch.answer_kinds)
+        self.log(f"{stage}/loss", loss, batch_size=max(1, len(output.target_Y)), on_epoch=True, sync_dist=True)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log accuracy over all ranks."""
+        self._log_accuracy("val", self.val_accuracy)
+
+    def on_test_epoch_end(self) -> None:
+        """Log accuracy over all ranks."""
+        self._log_accuracy("test", self.test_accuracy)
+
+    def _log_accuracy(self, stage: str, accuracy: AnswerAccuracy) -> None:
+        self.log_dict({f"{stage}/{name}": value for name, value in accuracy.seen().items()})
+        accuracy.reset()
+
+    def predict_step(self, batch: VideoBatch, batch_index: int) -> list[dict[str, str]]:
+        """Answer the last question of each sample; the batch ends where the answers begin."""
+        return [{"key": key, "answer": text} for key, text in zip(batch.keys, self.answers(batch), strict=True)]
+
+    @torch.no_grad()
+    def answers(self, batch: VideoBatch) -> list[str]:
+        """Generate one answer per sample."""
+        stop_id, pad_id = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
+        rows = self.model.generate(batch, self.decoding, stop_id=stop_id, pad_id=stop_id if pad_id is None else pad_id)
+        return [decode_answer(self.tokenizer, row) for row in rows]

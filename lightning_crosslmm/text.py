@@ -1,0 +1,225 @@
+"""The tokenizer's only door: conversations become ids and labels, ids become answers.
+
+A conversation goes through the tokenizer's own chat template, with a private placeholder instead of every message. What
+stands between the placeholders is the template's and may hold special tokens; what a message says is tokenised by
+itself, so nobody types a special token, and a prompt has the very ids that were trained.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Protocol
+
+import tokenizers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from lightning_crosslmm.batch import IGNORED, VISUAL_MARK
+from lightning_crosslmm.errors import UserError
+
+BYTE_VOCAB_SIZE = 261
+"""Size of the byte tokenizer's vocabulary: 256 bytes and five special tokens."""
+
+_BYTE_SPECIALS = ("<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
+_BYTE_TEMPLATE = (
+    "{% for message in messages %}{{ '<|' + message.role + '|>' + message.content }}"
+    "{% if message.role == 'assistant' %}<|end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+_MARK = re.compile("<video>|<image>")
+_PLACEHOLDER = re.compile("\ue000([0-9]+)\ue001")
+
+
+class Turn(Protocol):
+    """One message: who speaks (``system``, ``user`` or ``assistant``) and what."""
+
+    role: str
+    content: str
+
+
+class Turns(Protocol):
+    """What is read of a conversation."""
+
+    key: str
+    messages: Sequence[Turn]
+
+
+@dataclass(frozen=True)
+class Text:
+    """A tokenised conversation; the three lists are equally long.
+
+    Args:
+        ids: token ids, ``VISUAL_MARK`` where a visual stands.
+        labels: the id itself in answers and the token that ends them, ``IGNORED`` elsewhere.
+        answer: which answer of the conversation a label belongs to, counted from 0; -1 elsewhere.
+    """
+
+    ids: list[int]
+    labels: list[int]
+    answer: list[int]
+
+
+def load_tokenizer(name: str) -> Tokenizer:
+    """Load a tokenizer.
+
+    Args:
+        name: ``byte`` for the one built here, a local folder, or the hub's ``organisation/name``.
+
+    Returns:
+        The tokenizer; no code that comes with it is run.
+
+    Raises:
+        UserError: nothing of that name can be loaded.
+    """
+    if name == "byte":
+        return _byte_tokenizer()
+    is_folder = Path(name).is_dir()
+    if not is_folder and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
+        raise UserError(
+            f"tokenizer '{name}': no such folder; give 'byte', a local folder or a hub name like 'org/name'"
+        )
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False, local_files_only=is_folder)
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"tokenizer '{name}' cannot be loaded: {error}") from error
+
+
+def tokenise(conversation: Turns, tokenizer: Tokenizer, max_tokens: int, add_answer_prompt: bool = False) -> Text:
+    """Turn a conversation into ids, and label what the model is to say.
+
+    Labels lie on the answers and on the token that ends each, so that generation stops; the template's own words carry
+    none. White space around a message is dropped, as Llama's template does and Qwen's does not.
+
+    Args:
+        conversation: its messages hold ``<video>`` or ``<image>`` where a visual stands.
+        tokenizer: carries a chat template.
+        max_tokens: longest text allowed, in tokens, each mark counting as one.
+        add_answer_prompt: end with the words that open an answer, as generation needs it.
+
+    Returns:
+        The text.
+
+    Raises:
+        UserError: the text is too long, an answer holds a mark, or the chat template is absent, refuses the order of
+            roles, changes earlier turns or never ends an answer.
+    """
+    roles = tuple(message.role for message in conversation.messages)
+    between = _template_ids(tokenizer, tokenizer.chat_template, roles + ("assistant",) * add_answer_prompt)
+    special = _special_ids(tokenizer)
+    ids, labels, answer = list(between[0]), [IGNORED] * len(between[0]), [-1] * len(between[0])
+    num_answers = 0
+    for number, message in enumerate(conversation.messages):
+        said, after = _content_ids(tokenizer, message.content.strip()), between[number + 1]
+        num_labels = 0
+        if message.role == "assistant":
+            if VISUAL_MARK in said:
+                raise UserError(
+                    f"sample '{conversation.key}': message {number + 1} is an answer and holds <video> or <image>"
+                )
+            num_labels = len(said) + _turn_end(tokenizer, after, special) + 1
+        num_silent = len(said) + len(after) - num_labels
+        ids += [*said, *after]
+        labels += [*said, *after][:num_labels] + [IGNORED] * num_silent
+        answer += [num_answers] * num_labels + [-1] * num_silent
+        num_answers += message.role == "assistant"
+    if len(ids) > max_tokens:
+        raise UserError(
+            f"sample '{conversation.key}': its text has {len(ids)} tokens and data.max_tokens is {max_tokens}; "
+            "raise the setting or shorten the conversation"
+        )
+    return Text(ids, labels, answer)
+
+
+def end_of_turn_id(tokenizer: Tokenizer) -> int:
+    """Say which token ends an answer in this tokenizer's chat template; generation stops at it.
+
+    Raises:
+        UserError: the template puts no special token after an answer.
+    """
+    after = _template_ids(tokenizer, tokenizer.chat_template, ("user", "assistant"))[-1]
+    return after[_turn_end(tokenizer, after, _special_ids(tokenizer))]
+
+
+def decode_answer(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    """Turn generated ids into the answer's text: up to the end of the turn, without special tokens."""
+    stops = {end_of_turn_id(tokenizer), tokenizer.eos_token_id}
+    length = next((place for place, token in enumerate(ids) if token in stops), len(ids))
+    return tokenizer.decode(list(ids[:length]), skip_special_tokens=True).strip()
+
+
+def _byte_tokenizer() -> PreTrainedTokenizerFast:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = tokenizers.Tokenizer(
+        models.BPE(vocab={letter: number for number, letter in enumerate(alphabet)}, merges=[])
+    )
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in _BYTE_SPECIALS])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<|pad|>", eos_token="<|end|>", chat_template=_BYTE_TEMPLATE
+    )
+
+
+def _content_ids(tokenizer: Tokenizer, content: str) -> list[int]:
+    """Tokenise what a message says: marks become VISUAL_MARK, special tokens' names are plain text."""
+    ids: list[int] = []
+    for number, part in enumerate(_MARK.split(content)):
+        ids += [VISUAL_MARK] if number else []
+        ids += tokenizer.encode(part, add_special_tokens=False, split_special_tokens=True) if part else []
+    return ids
+
+
+@lru_cache(maxsize=256)
+def _template_ids(tokenizer: Tokenizer, template: str, roles: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
+    """Tokenise what the template puts before, between and after messages of these roles: one more than messages.
+
+    ``template`` is the tokenizer's own; it stands here so that a changed one is not answered from the cache.
+    """
+    rendered = [_render(tokenizer, roles[:count]) for count in range(_first_complete(roles), len(roles) + 1)]
+    for shorter, longer in zip(rendered, rendered[1:], strict=False):
+        if not longer.startswith(shorter):
+            raise UserError(
+                f"tokenizer '{tokenizer.name_or_path}': its chat template changes earlier turns when one is added "
+                f"({shorter!r} became {longer!r}), so a prompt would differ from what was trained; "
+                "use a template that only appends"
+            )
+    pieces = _PLACEHOLDER.split(rendered[-1])  # template, number, template, number, ..., template
+    if pieces[1::2] != [str(number) for number in range(len(roles))]:
+        raise UserError(
+            f"tokenizer '{tokenizer.name_or_path}': its chat template drops, repeats or reorders messages of roles "
+            f"{', '.join(roles)}"
+        )
+    return tuple(tuple(tokenizer.encode(piece, add_special_tokens=False)) if piece else () for piece in pieces[::2])
+
+
+def _first_complete(roles: tuple[str, ...]) -> int:
+    # Many templates refuse messages without a user, so a system message is never rendered alone.
+    return roles.index("user") + 1 if "user" in roles else len(roles)
+
+
+def _render(tokenizer: Tokenizer, roles: tuple[str, ...]) -> str:
+    messages = [{"role": role, "content": f"\ue000{number}\ue001"} for number, role in enumerate(roles)]
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False)
+    except Exception as error:  # a template is its author's code: it may raise anything
+        raise UserError(
+            f"tokenizer '{tokenizer.name_or_path}': its chat template cannot render roles {', '.join(roles)}: {error}"
+        ) from error
+
+
+def _special_ids(tokenizer: Tokenizer) -> frozenset[int]:
+    return frozenset(number for number, token in tokenizer.added_tokens_decoder.items() if token.special)
+
+
+def _turn_end(tokenizer: Tokenizer, after: Sequence[int], special: frozenset[int]) -> int:
+    """Place of the first special token among those the template puts after an answer."""
+    for place, token in enumerate(after):
+        if token in special:
+            return place
+    raise UserError(
+        f"tokenizer '{tokenizer.name_or_path}': its chat template puts no special token after an answer, so "
+        "generation would never stop; end each answer with one, such as eos"
+    )

@@ -1,0 +1,161 @@
+"""Videos and images as tensors: sampling by time, probing, reading.
+
+Frames are chosen by timestamp and never by index, so variable frame rates, B-frames and streams that do not start at
+zero need no special case. A file that cannot give a frame that was asked for raises; no other frame stands in for it.
+
+Axis letters:
+    F  frames    C  channels (R, G, B)    H W  pixel rows, pixel columns
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_crosslmm.errors import UserError, nearest
+from lightning_crosslmm.video_file import IMAGE_FORMATS, VIDEO_FORMATS, Picture, encode_video, opened
+
+__all__ = ["Clip", "FrameSampling", "VideoInfo", "encode_video", "probe_video", "read_clip", "read_image"]
+
+_SETTINGS = {"uniform": {"num_frames": int}, "rate": {"rate_hz": (int, float), "max_frames": int}}
+
+
+@dataclass(frozen=True)
+class FrameSampling:
+    """Which moments of a clip are looked at.
+
+    For a clip of D seconds that starts at s:
+    ``uniform``: ``t_i = s + (i + 1/2) D / n``, i = 0..n-1, the middles of n = ``num_frames`` equal parts.
+    ``rate``: ``t_i = s + i / rate_hz`` while ``t_i < s + D``; if these are more than ``max_frames``, the times of
+    ``uniform`` with n = ``max_frames`` instead.
+
+    Args:
+        mode: "uniform" or "rate".
+        num_frames: n > 0, for "uniform" only.
+        rate_hz: frames per second > 0, for "rate" only.
+        max_frames: most frames > 0, for "rate" only.
+
+    Raises:
+        UserError: a setting is unknown, missing, not positive, or has no effect in this mode.
+    """
+
+    mode: str = "uniform"
+    num_frames: int | None = None
+    rate_hz: float | None = None
+    max_frames: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse settings that cannot be."""
+        if self.mode not in _SETTINGS:
+            raise UserError(f"mode: '{self.mode}' must be one of {list(_SETTINGS)}{nearest(str(self.mode), _SETTINGS)}")
+        reads = _SETTINGS[self.mode]
+        for setting in ("num_frames", "rate_hz", "max_frames"):
+            value, kind = getattr(self, setting), reads.get(setting)
+            if kind is None and value is not None:
+                raise UserError(f"{setting}: {value} has no effect in mode '{self.mode}', which reads {list(reads)}")
+            if kind and (not isinstance(value, kind) or isinstance(value, bool) or not 0 < value < math.inf):
+                number = "a whole number" if kind is int else "a number"
+                raise UserError(f"{setting}: mode '{self.mode}' needs {number} above 0, got {value!r}")
+
+    def times_s(self, duration_s: float, start_s: float = 0.0) -> list[float]:
+        """List the wanted moments, in seconds, rising; never empty."""
+        if self.mode == "rate":
+            # The small number keeps a clip of exactly k periods from getting frame k, which lies past its end.
+            count = max(1, math.ceil(duration_s * self.rate_hz - 1e-6))
+            if count <= self.max_frames:
+                return [start_s + i / self.rate_hz for i in range(count)]
+        count = self.num_frames or self.max_frames
+        return [start_s + (i + 0.5) * duration_s / count for i in range(count)]
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """What a video file holds; height and width as displayed, times in seconds from the start of the video.
+
+    ``rotation_deg`` is the clockwise turn (0, 90, 180, 270) that the file asks of players.
+    """
+
+    duration_s: float
+    num_frames: int
+    fps_hz: float
+    height: int
+    width: int
+    rotation_deg: int
+    codec: str
+    keyframe_times_s: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Decoded frames, uint8 RGB (F, 3, H, W), and when each came on screen, (F,) float32, seconds from the start."""
+
+    frames_FCHW: Tensor
+    frame_time_s_F: Tensor
+
+
+def probe_video(source: Path | bytes, name: str) -> VideoInfo:
+    """Read what a video holds from its packets, decoding its first frame only.
+
+    Args:
+        source: a local file, or the bytes of one.
+        name: what error messages call it.
+
+    Raises:
+        UserError: the file is missing, cut off, or holds no video.
+    """
+    with opened(source, name, VIDEO_FORMATS) as file:
+        first = file.first_frame()
+    with opened(source, name, VIDEO_FORMATS) as file:  # again: MPEG-TS does not find back to its start by seeking
+        duration_s = file.duration_s()
+        shown = sorted((file.pts(p), p.is_keyframe) for p in file.packets() if p.size and not p.is_discard)
+        file.check_whole()
+        sides = (first.height, first.width)
+        return VideoInfo(
+            duration_s=duration_s,
+            num_frames=len(shown),
+            fps_hz=float(file.stream.average_rate or len(shown) / max(duration_s, 1e-3)),
+            height=sides[first.rotation % 180 != 0],
+            width=sides[first.rotation % 180 == 0],
+            rotation_deg=-first.rotation % 360,
+            codec=file.stream.codec_context.codec.canonical_name,
+            keyframe_times_s=tuple(file.time_s(pts) for pts, is_key in shown if is_key),
+        )
+
+
+def read_clip(
+    source: Path | bytes, name: str, sampling: FrameSampling, image_size: tuple[int, int] | int | None = None
+) -> Clip:
+    """Decode the frames on screen at the sampled moments: for each, the last one that begins at or before it.
+
+    Args:
+        source: a local file, or the bytes of one; never a URL.
+        name: what error messages call it.
+        sampling: which moments.
+        image_size: (height, width) or the side of a square that frames are stretched to; None keeps their size.
+
+    Returns:
+        The upright frames. A frame on screen at several moments stands once for each of them.
+
+    Raises:
+        UserError: the file is missing, not a video, damaged, or ends before a wanted moment.
+    """
+    with opened(source, name, VIDEO_FORMATS) as file:
+        # Matroska rounds times to milliseconds: half of one makes up for it.
+        times_s = sampling.times_s(file.duration_s())
+        wanted_pts = [file.start_pts + math.floor((t + 5e-4) / file.tick_s) for t in times_s]
+        picture, pictures, shown_s, last = Picture(image_size), [], [], None
+        for pts, frame in file.shown_at(wanted_pts):
+            pictures.append(pictures[-1] if frame is last else picture.rgb(frame))
+            shown_s.append(file.time_s(pts))
+            last = frame
+        return Clip(torch.from_numpy(np.stack(pictures)), torch.tensor(shown_s, dtype=torch.float32))
+
+
+def read_image(source: Path | bytes, name: str, image_size: tuple[int, int] | int | None = None) -> Clip:
+    """Decode a JPEG, PNG or WebP picture as a clip of one frame at time 0; arguments and errors as in ``read_clip``."""
+    with opened(source, name, IMAGE_FORMATS) as file:
+        picture_CHW = Picture(image_size).rgb(file.first_frame())
+        return Clip(torch.from_numpy(picture_CHW)[None].contiguous(), torch.zeros(1))

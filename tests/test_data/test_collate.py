@@ -1,0 +1,59 @@
+"""Collating: samples one after the other, with boundaries that say which is which."""
+
+import pytest
+import torch
+
+from data.collate import collate
+from data.stream import Sample
+from lightning_crosslmm.batch import IGNORED, VISUAL_MARK
+from lightning_crosslmm.text import Text
+
+
+def sample(key, frames_per_visual, num_answers):
+    num_frames = sum(frames_per_visual)
+    ids = [VISUAL_MARK] * len(frames_per_visual) + [7]
+    labels, answer = [IGNORED] * len(ids), [-1] * len(ids)
+    for number in range(num_answers):
+        ids, labels, answer = [*ids, 50, 51], [*labels, 50, IGNORED], [*answer, number, -1]
+    return Sample(
+        key=key,
+        frames_FCHW=torch.full((num_frames, 3, 4, 4), ord(key), dtype=torch.uint8),
+        frame_time_s_F=torch.arange(num_frames, dtype=torch.float32),
+        frames_per_visual=frames_per_visual,
+        text=Text(ids, labels, answer),
+        answer_kinds=tuple(f"{key}{number}" for number in range(num_answers)),
+    )
+
+
+SAMPLES = [sample("a", (2, 1), 2), sample("b", (), 1), sample("c", (4,), 1)]
+
+
+def test_boundaries_tell_samples_visuals_and_frames_apart():
+    batch = collate(SAMPLES)
+    batch.validate()
+    assert batch.keys == ("a", "b", "c")
+    assert batch.visual_offsets.tolist() == [0, 2, 3, 7]
+    assert batch.sample_of_visual.tolist() == [0, 0, 2]
+    assert batch.frames_FCHW[:, 0, 0, 0].tolist() == [97] * 3 + [99] * 4
+    assert batch.text_offsets.tolist() == [0, 7, 10, 14]
+    assert batch.ids_L[7:10].tolist() == [7, 50, 51]
+    assert batch.frame_time_s_F.tolist() == [0, 1, 2, 0, 1, 2, 3]
+
+
+def test_labels_point_at_the_batchs_answers():
+    batch = collate(SAMPLES)
+    assert batch.answer_kinds == ("a0", "a1", "b0", "c0")
+    assert batch.answer_L[batch.answer_L >= 0].tolist() == [0, 1, 2, 3]
+    assert torch.equal(batch.answer_L >= 0, batch.labels_L != IGNORED)
+
+
+@pytest.mark.parametrize(("samples_per_row", "rows"), [(1, [0, 1, 2]), (2, [0, 0, 1]), (5, [0, 0, 0])])
+def test_neighbours_share_rows(samples_per_row, rows):
+    assert collate(SAMPLES, samples_per_row).row_of_sample.tolist() == rows
+
+
+def test_a_batch_without_visuals_is_ordinary():
+    batch = collate([SAMPLES[1]])
+    batch.validate()
+    assert batch.frames_FCHW.shape == (0, 3, 4, 4) and batch.visual_offsets.tolist() == [0]
+    assert batch.sample_of_visual.dtype == torch.int64

@@ -1,0 +1,269 @@
+"""The data module under Lightning: every batch once, whenever and with whatever ranks and accumulation a run resumes."""
+
+import json
+import sys
+import types
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from data.module import ProbeDataModule, VideoDataModule
+from lightning_crosslmm.errors import UserError
+from lightning_crosslmm.video import FrameSampling
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated:FutureWarning"),  # Lightning 2.6 on torch 2.15
+    pytest.mark.filterwarnings("ignore:.*litlogger"),
+]
+STREAM = {
+    "sampling": FrameSampling("uniform", num_frames=2),
+    "image_size": 16,
+    "tokenizer": "byte",
+    "max_tokens": 64,
+}
+
+
+def data_of(folder, **changes):
+    return VideoDataModule(**STREAM | {"train": folder, "val": folder, "global_batch_size": 4, "seed": 5} | changes)
+
+
+class Recorder(LightningModule):
+    """Keeps the keys of the batches it trained on; its weight depends on each of them and their order."""
+
+    def __init__(self, fail_at=None):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.keys, self.val_keys, self.fail_at = [], [], fail_at
+
+    def training_step(self, batch, batch_index):
+        batch.validate()
+        if len(self.keys) == self.fail_at:
+            raise RuntimeError("power cut")
+        self.keys.append(batch.keys)
+        target = batch.ids_L[batch.ids_L > 0].float().mean()
+        return (self.weight - target).pow(2).sum()
+
+    def validation_step(self, batch, batch_index):
+        self.val_keys += batch.keys
+
+    def predict_step(self, batch, batch_index):
+        return batch.keys
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), lr=0.1)
+
+
+class SaveAt(Callback):
+    """Saves a checkpoint in one hook, once a number of batches was trained."""
+
+    def __init__(self, hook, num_batches, path):
+        def save(trainer, module, *_):
+            if len(module.keys) == num_batches and not path.exists() and not trainer.sanity_checking:
+                trainer.save_checkpoint(path)
+
+        setattr(self, hook, save)
+
+
+def trainer_of(*callbacks, **options):
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    short = {"max_epochs": 3, "enable_model_summary": False, "num_sanity_val_steps": 0}
+    return Trainer(accelerator="cpu", devices=1, callbacks=list(callbacks), **quiet | short | options)
+
+
+def fit(data, *callbacks, module=None, ckpt_path=None, **options):
+    module = module or Recorder()
+    trainer_of(*callbacks, **options).fit(module, datamodule=data, ckpt_path=ckpt_path)
+    return module
+
+
+def test_epochs_cover_the_data_in_orders_of_their_own(shard_folder):
+    module = fit(data_of(shard_folder))
+    assert len(module.keys) == 18
+    epochs = [[key for keys in module.keys[e * 6 : e * 6 + 6] for key in keys] for e in range(3)]
+    assert all(len(set(epoch)) == 24 for epoch in epochs) and epochs[0] != epochs[1] != epochs[2]
+    assert module.val_keys == [f"s{number:02d}" for number in range(26)] * 3
+
+
+@pytest.mark.parametrize("length", [{"max_epochs": 3}, {"max_epochs": -1, "max_steps": 18}])
+@pytest.mark.parametrize(
+    ("hook", "num_batches"),
+    [("on_train_batch_end", n) for n in (1, 4, 6, 7, 12, 17)]
+    + [("on_validation_end", 6), ("on_train_epoch_end", 6), ("on_train_epoch_end", 12), ("on_train_start", 0)],
+)
+def test_a_resumed_run_trains_what_is_left_exactly_once(text_folder, tmp_path, hook, num_batches, length):
+    path = tmp_path / "saved.ckpt"
+    whole = fit(data_of(text_folder), SaveAt(hook, num_batches, path), **length)
+    record = torch.load(path, weights_only=True)["VideoDataModule"]["position"]
+    assert (record["epoch"], record["batch"]) == divmod(num_batches, 6)
+    resumed = fit(data_of(text_folder), ckpt_path=path, **length)
+    assert resumed.keys == whole.keys[num_batches:]
+    assert torch.equal(resumed.weight, whole.weight)
+
+
+def test_workers_that_read_ahead_do_not_move_the_position(shard_folder, tmp_path):
+    path = tmp_path / "saved.ckpt"
+    whole = fit(data_of(shard_folder, num_workers=2), SaveAt("on_train_batch_end", 8, path), limit_val_batches=0)
+    assert fit(data_of(shard_folder), ckpt_path=path, limit_val_batches=0).keys == whole.keys[8:]
+
+
+@pytest.mark.parametrize("fail_at", [3, 5])
+def test_a_batch_that_was_begun_is_trained_again(text_folder, tmp_path, fail_at):
+    class SaveOnException(Callback):
+        def on_exception(self, trainer, module, error):
+            trainer.save_checkpoint(tmp_path / "saved.ckpt")
+
+    whole = fit(data_of(text_folder))
+    with pytest.raises(RuntimeError, match="power cut"):
+        fit(data_of(text_folder), SaveOnException(), module=Recorder(fail_at))
+    assert fit(data_of(text_folder), ckpt_path=tmp_path / "saved.ckpt").keys == whole.keys[fail_at:]
+
+
+@pytest.mark.parametrize(
+    ("before", "micro_batches", "after"), [(1, 4, 2), (2, 8, 1), (2, 7, 2), (2, 1, 2), (1, 6, 4), (4, 24, 1), (2, 9, 4)]
+)
+def test_accumulation_may_change_and_lost_gradients_are_made_again(
+    text_folder, tmp_path, before, micro_batches, after
+):
+    path, rest = tmp_path / "saved.ckpt", {"limit_val_batches": 0}
+    whole = fit(data_of(text_folder), **rest)
+    partial = fit(
+        data_of(text_folder),
+        SaveAt("on_train_batch_end", micro_batches, path),
+        accumulate_grad_batches=before,
+        **rest,
+    )
+    assert sum(partial.keys, ()) == sum(whole.keys, ())
+    resumed = fit(data_of(text_folder), ckpt_path=path, accumulate_grad_batches=after, **rest)
+    assert sum(resumed.keys, ()) == sum(whole.keys[micro_batches // before :], ())
+
+
+def test_a_shortened_epoch_ends_and_the_next_one_begins(text_folder, tmp_path):
+    path, short = tmp_path / "saved.ckpt", {"limit_train_batches": 3}
+    whole = fit(data_of(text_folder), SaveAt("on_train_batch_end", 3, path), **short)
+    assert len(whole.keys) == 9
+    assert fit(data_of(text_folder), ckpt_path=path, **short).keys == whole.keys[3:]
+
+
+def test_asking_for_the_number_of_steps_loses_nothing(text_folder, tmp_path):
+    class Asking(Recorder):
+        def configure_optimizers(self):
+            assert self.trainer.estimated_stepping_batches == 18
+            return super().configure_optimizers()
+
+    path = tmp_path / "saved.ckpt"
+    whole = fit(data_of(text_folder), SaveAt("on_train_batch_end", 4, path), module=Asking())
+    assert fit(data_of(text_folder), module=Asking(), ckpt_path=path).keys == whole.keys[4:]
+
+
+@pytest.mark.parametrize(
+    ("changes", "setting"), [({"seed": 6}, "data.seed"), ({"global_batch_size": 2}, "data.global_batch_size")]
+)
+def test_resuming_with_another_order_is_refused(text_folder, tmp_path, changes, setting):
+    path = tmp_path / "saved.ckpt"
+    fit(data_of(text_folder), SaveAt("on_train_batch_end", 2, path), max_epochs=1)
+    with pytest.raises(UserError, match=setting):
+        fit(data_of(text_folder, **changes), ckpt_path=path)
+    one_shard = text_folder / "shard-000000.tar"
+    with pytest.raises(UserError, match="data.train: the checkpoint was trained with fingerprint"):
+        fit(data_of(text_folder, train=one_shard), ckpt_path=path)
+
+
+def test_a_checkpoint_without_a_position_is_refused(text_folder, tmp_path):
+    path = tmp_path / "saved.ckpt"
+    fit(data_of(text_folder), SaveAt("on_train_batch_end", 2, path), max_epochs=1)
+    checkpoint = torch.load(path, weights_only=True)
+    del checkpoint["VideoDataModule"]
+    torch.save(checkpoint, path)
+    with pytest.raises(UserError, match="epoch 0, global batch 0, but Lightning goes on with epoch 0, batch 2"):
+        fit(data_of(text_folder), ckpt_path=path)
+
+
+def test_validating_a_checkpoint_leaves_training_at_the_start(text_folder, tmp_path):
+    path, data = tmp_path / "saved.ckpt", data_of(text_folder)
+    whole = fit(data, SaveAt("on_train_batch_end", 4, path))
+    fresh = data_of(text_folder)
+    trainer_of().validate(Recorder(), datamodule=fresh, ckpt_path=path, verbose=False)
+    assert fit(fresh).keys == whole.keys
+
+
+def test_predicting_covers_all_samples_and_needs_its_shards(text_folder):
+    told = trainer_of().predict(Recorder(), datamodule=data_of(text_folder, predict=text_folder))
+    assert sum(told, ()) == tuple(f"s{number:02d}" for number in range(26))
+    with pytest.raises(UserError, match="data.predict: is not set"):
+        trainer_of().predict(Recorder(), datamodule=data_of(text_folder))
+
+
+@pytest.mark.filterwarnings("ignore:Total length of `list` across ranks is zero")
+def test_no_validation_shards_mean_no_validation(text_folder):
+    assert fit(data_of(text_folder, val=None), max_epochs=1).val_keys == []
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_ranks_read_parts_of_the_same_batches(text_folder, world):
+    parts = []
+    for rank in range(world):
+        data = data_of(text_folder)
+        ranks = {"rank": rank, "num_replicas": world}
+        data.trainer = types.SimpleNamespace(
+            distributed_sampler_kwargs=ranks, accumulate_grad_batches=1, overfit_batches=0
+        )
+        data.setup("fit")
+        parts.append([list(batch) for batch in data._train_batches(data._beginning(epoch=1))])
+    alone = data_of(text_folder)
+    alone.setup("fit")
+    whole = list(alone._train_batches(alone._beginning(epoch=1)))
+    assert [sum(pieces, []) for pieces in zip(*parts, strict=True)] == whole
+
+
+def test_settings_that_cannot_work_name_themselves(text_folder):
+    with pytest.raises(UserError, match=r"data.global_batch_size: 4 does not divide by 1 rank.* x 3"):
+        fit(data_of(text_folder), accumulate_grad_batches=3)
+    with pytest.raises(UserError, match="trainer.overfit_batches"):
+        fit(data_of(text_folder), overfit_batches=2)
+    with pytest.raises(UserError, match="data.window_shards: must be at least 1, got 0"):
+        data_of(text_folder, window_shards=0)
+    with pytest.raises(UserError, match="data.num_workers: must be at least 0, got -1"):
+        data_of(text_folder, num_workers=-1)
+
+
+def test_packing_and_answer_kinds_come_from_settings_and_shards(text_folder):
+    data = data_of(text_folder, samples_per_row=2)
+    data.setup("fit")
+    assert data.answer_kinds == ("number", "surety")
+    assert next(iter(data.val_dataloader())).row_of_sample.tolist() == [0, 0, 1, 1]
+
+
+def test_the_probe_is_written_once_and_by_its_settings(text_folder, tmp_path, monkeypatch):
+    written = []
+
+    def write_probe(folder, split, **settings):
+        written.append((split, settings))
+        folder.mkdir()
+        for path in text_folder.iterdir():
+            (folder / path.name).write_bytes(path.read_bytes())
+        if split == "test" and settings["num_clips"] == 13:
+            raise RuntimeError("power cut")
+
+    probe = types.ModuleType("data.probe")
+    probe.write_probe = write_probe
+    monkeypatch.setitem(sys.modules, "data.probe", probe)
+
+    def probe_data(num_clips):
+        return ProbeDataModule(
+            cache_dir=tmp_path / "cache", probe={"num_clips": num_clips}, global_batch_size=4, **STREAM
+        )
+
+    data = probe_data(7)
+    data.prepare_data()
+    probe_data(7).prepare_data()
+    assert written == [(split, {"num_clips": 7}) for split in ("train", "val", "test")]
+    for stage in ("fit", "test", "predict"):
+        data.setup(stage)
+    assert len(data.test_dataloader()) == 7
+    with pytest.raises(RuntimeError, match="power cut"):
+        probe_data(13).prepare_data()
+    folders = sorted((tmp_path / "cache").iterdir())
+    assert len(folders) == 2
+    assert {len(list(folder.iterdir())) for folder in folders} == {2, 3}, "a split cut short leaves nothing"
+    assert json.loads((folders[0] / "train" / "shards.json").read_text())
