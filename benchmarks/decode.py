@@ -43,7 +43,7 @@ def decode_bare(video: bytes, wanted: frozenset[int]) -> None:
         stream.thread_type, stream.codec_context.thread_count = "NONE", 1
         for number, frame in enumerate(container.decode(stream)):
             if number in wanted:
-                frame.to_ndarray(format="rgb24")
+                frame.to_ndarray(format="rgb24", threads=1)
 
 
 def clips_per_s(readers: dict[str, Callable[[], object]], num_clips: int) -> dict[str, float]:

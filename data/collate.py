@@ -20,7 +20,7 @@ def collate(samples: Sequence[Sample], samples_per_row: int = 1) -> VideoBatch:
         The batch, on the CPU.
     """
     frames_per_visual = [count for sample in samples for count in sample.frames_per_visual]
-    visuals_per_sample = torch.tensor([len(sample.frames_per_visual) for sample in samples])
+    sample_of_visual = [number for number, sample in enumerate(samples) for _ in sample.frames_per_visual]
     first_answer = _offsets([len(sample.answer_kinds) for sample in samples]).tolist()
     answer = [
         number + first if number >= 0 else -1
@@ -31,7 +31,7 @@ def collate(samples: Sequence[Sample], samples_per_row: int = 1) -> VideoBatch:
         frames_FCHW=torch.cat([sample.frames_FCHW for sample in samples]),
         frame_time_s_F=torch.cat([sample.frame_time_s_F for sample in samples]),
         visual_offsets=_offsets(frames_per_visual),
-        sample_of_visual=torch.repeat_interleave(torch.arange(len(samples)), visuals_per_sample),
+        sample_of_visual=torch.tensor(sample_of_visual, dtype=torch.int64),
         ids_L=torch.tensor([number for sample in samples for number in sample.text.ids], dtype=torch.int64),
         labels_L=torch.tensor([number for sample in samples for number in sample.text.labels], dtype=torch.int64),
         answer_L=torch.tensor(answer, dtype=torch.int64),

@@ -180,7 +180,7 @@ class VideoDataModule(LightningDataModule):
             raise UserError(
                 f"checkpoint: its data stand at epoch {start.epoch}, global batch {start.batch}, but Lightning "
                 f"goes on with epoch {epoch}, batch {ready} (trainer.accumulate_grad_batches is {self._accumulate}); "
-                "resume from a checkpoint saved at the end of a batch or an epoch, and do not read estimated_stepping_batches"
+                "resume from a checkpoint saved after a batch or an epoch, and do not read estimated_stepping_batches"
             )
         self._epoch_start, self._restored = self._beginning(epoch), None
         return self._train_batches(start)

@@ -153,8 +153,12 @@ class BatchLoader:
             self._loader = self._start()
         for batch in self._loader:
             if isinstance(batch, UserError):
-                raise batch
+                break
             yield batch
+        else:
+            return
+        self.close()  # before raising: held by a traceback, workers take seconds to end
+        raise batch
 
     def close(self) -> None:
         """Let the workers go; the next epoch would start new ones."""

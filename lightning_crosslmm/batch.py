@@ -6,6 +6,7 @@ Axis letters:
     L  text tokens of all samples, marks included
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -38,6 +39,7 @@ class VideoBatch:
         row_of_sample: (B,) int64, row of the LLM batch; samples of one row are packed neighbours that never see each other.
         keys: B sample keys, for messages and records.
         answer_kinds: the question type of each answer, "" where the data names none.
+        questions: what each answer answers, for pictures and records.
     """
 
     frames_FCHW: Tensor
@@ -51,6 +53,7 @@ class VideoBatch:
     row_of_sample: Tensor
     keys: tuple[str, ...]
     answer_kinds: tuple[str, ...]
+    questions: tuple[str, ...]
 
     @property
     def num_samples(self) -> int:
@@ -89,6 +92,49 @@ class VideoBatch:
             raise ValueError(f"{who}: marks per sample {marks_B.tolist()} but visuals per sample {visuals_B.tolist()}")
         if (self.sample_of_visual.diff() < 0).any():
             raise ValueError(f"{who}: sample_of_visual decreases: {self.sample_of_visual.tolist()}")
+
+
+def prompts_for(batch: VideoBatch, answers: Sequence[int]) -> VideoBatch:
+    """Cut a batch down to the prompts of some of its answers: each one's sample up to where the answer begins.
+
+    Earlier turns stay, with their right answers; visuals that are marked later go.
+
+    Args:
+        batch: samples with labels.
+        answers: numbers of answers in the batch; a sample may be asked several times.
+
+    Returns:
+        One sample per answer, each in a row of its own, without labels.
+    """
+    sample_L = torch.repeat_interleave(torch.arange(batch.num_samples), batch.text_offsets.diff())
+    ids, frames, times, frames_per_visual, sample_of_visual, keys = [], [], [], [], [], []
+    for number, answer in enumerate(answers):
+        end = int((batch.answer_L == answer).nonzero()[0])
+        sample = int(sample_L[end])
+        ids.append(batch.ids_L[batch.text_offsets[sample] : end])
+        marked = int((ids[-1] == VISUAL_MARK).sum())
+        for visual in (batch.sample_of_visual == sample).nonzero().flatten()[:marked].tolist():
+            of_visual = slice(int(batch.visual_offsets[visual]), int(batch.visual_offsets[visual + 1]))
+            frames.append(batch.frames_FCHW[of_visual])
+            times.append(batch.frame_time_s_F[of_visual])
+            frames_per_visual.append(len(frames[-1]))
+            sample_of_visual.append(number)
+        keys.append(batch.keys[sample])
+    ids_L = torch.cat(ids)
+    return VideoBatch(
+        frames_FCHW=torch.cat([batch.frames_FCHW[:0], *frames]),
+        frame_time_s_F=torch.cat([batch.frame_time_s_F[:0], *times]),
+        visual_offsets=torch.tensor([0, *frames_per_visual]).cumsum(0),
+        sample_of_visual=torch.tensor(sample_of_visual, dtype=torch.int64),
+        ids_L=ids_L,
+        labels_L=torch.full_like(ids_L, IGNORED),
+        answer_L=torch.full_like(ids_L, -1),
+        text_offsets=torch.tensor([0, *map(len, ids)]).cumsum(0),
+        row_of_sample=torch.arange(len(ids)),
+        keys=tuple(keys),
+        answer_kinds=(),
+        questions=(),
+    )
 
 
 def _check_offsets(offsets: Tensor, total: int, what: str) -> None:

@@ -1,6 +1,6 @@
 """The LightningModule: training, validation, testing and prediction around `CrossLMM`."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import lightning
@@ -8,14 +8,15 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
-from lightning_crosslmm.batch import VideoBatch
+from lightning_crosslmm.batch import VideoBatch, prompts_for
 from lightning_crosslmm.decoding import Decoding
 from lightning_crosslmm.errors import UserError
+from lightning_crosslmm.looks import Look, attention_maps
 from lightning_crosslmm.metrics import AnswerAccuracy, answers_right
 from lightning_crosslmm.model import CrossLMM
 from lightning_crosslmm.objective import answer_loss
 from lightning_crosslmm.optim import OptimSettings
-from lightning_crosslmm.text import Tokenizer, decode_answer
+from lightning_crosslmm.text import Tokenizer, decode_answer, end_of_turn_id
 
 
 class CrossLMMModule(lightning.LightningModule):
@@ -101,12 +102,42 @@ class CrossLMMModule(lightning.LightningModule):
         accuracy.reset()
 
     def predict_step(self, batch: VideoBatch, batch_index: int) -> list[dict[str, str]]:
-        """Answer the last question of each sample; the batch ends where the answers begin."""
-        return [{"key": key, "answer": text} for key, text in zip(batch.keys, self.answers(batch), strict=True)]
+        """Answer every question of every sample, earlier turns given with their right answers."""
+        return [
+            {"key": key, "question": question, "answer": answer, "expected": expected}
+            for key, question, answer, expected in self._answered(batch, range(len(batch.answer_kinds)))
+        ]
+
+    def looks(self, batch: VideoBatch, limit: int) -> list[Look]:
+        """Answer the first question of the first samples, and say where the model looked.
+
+        Args:
+            batch: samples with answers.
+            limit: at most so many.
+        """
+        sample_L = torch.repeat_interleave(torch.arange(batch.num_samples), batch.text_offsets.diff())
+        first = {int(sample): int(answer) for sample, answer in zip(sample_L.flip(0), batch.answer_L.flip(0), strict=True) if answer >= 0}
+        chosen = [first[sample] for sample in sorted(first)][:limit]
+        if not chosen:
+            return []
+        prompts = prompts_for(batch, chosen)
+        maps = attention_maps(self.model, prompts)
+        offsets = prompts.visual_offsets[torch.searchsorted(prompts.sample_of_visual, torch.arange(len(chosen) + 1))]
+        frames = prompts.frames_FCHW.tensor_split(offsets[1:-1])
+        return [
+            Look(*answered, frames_FCHW, found.get("v2v"), found.get("t2v"))
+            for answered, frames_FCHW, found in zip(self._answered(batch, chosen), frames, maps, strict=True)
+        ]
 
     @torch.no_grad()
-    def answers(self, batch: VideoBatch) -> list[str]:
-        """Generate one answer per sample."""
-        stop_id, pad_id = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
-        rows = self.model.generate(batch, self.decoding, stop_id=stop_id, pad_id=stop_id if pad_id is None else pad_id)
-        return [decode_answer(self.tokenizer, row) for row in rows]
+    def _answered(self, batch: VideoBatch, answers: Sequence[int]) -> Iterator[tuple[str, str, str, str]]:
+        # a few at a time: each carries its own copy of the frames
+        per_call = max(1, batch.num_samples)
+        stop_id, pad_id = end_of_turn_id(self.tokenizer), self.tokenizer.pad_token_id
+        for start in range(0, len(answers), per_call):
+            chosen = answers[start : start + per_call]
+            prompts = prompts_for(batch, chosen)
+            rows = self.model.generate(prompts, self.decoding, stop_id=stop_id, pad_id=stop_id if pad_id is None else pad_id)
+            for number, (answer, row) in enumerate(zip(chosen, rows, strict=True)):
+                expected = decode_answer(self.tokenizer, batch.labels_L[batch.answer_L == answer].tolist())
+                yield prompts.keys[number], batch.questions[answer], decode_answer(self.tokenizer, row), expected

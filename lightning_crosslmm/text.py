@@ -6,7 +6,7 @@ itself, so nobody types a special token, and a prompt has the very ids that were
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Protocol
 
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -148,6 +149,32 @@ def decode_answer(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
     stops = {end_of_turn_id(tokenizer), tokenizer.eos_token_id}
     length = next((place for place, token in enumerate(ids) if token in stops), len(ids))
     return tokenizer.decode(list(ids[:length]), skip_special_tokens=True).strip()
+
+
+class TextStreamer:
+    """Say an answer's text as its tokens come, whole characters only, and a line break at its end.
+
+    Args:
+        tokenizer: of the ids.
+        say: receives pieces of text.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, say: Callable[[str], None]) -> None:
+        self._tokenizer, self._say = tokenizer, say
+        self._ids: list[int] = []
+        self._said = 0
+
+    def put(self, ids: Tensor) -> None:
+        """Take the next ids; the prompt comes first, and is empty where it went in as embeddings."""
+        self._ids += ids.flatten().tolist()
+        text = decode_answer(self._tokenizer, self._ids)
+        if not text.endswith("\ufffd"):  # a character whose bytes are not all there yet
+            self._say(text[self._said :])
+            self._said = len(text)
+
+    def end(self) -> None:
+        """Say what is left, and break the line."""
+        self._say(decode_answer(self._tokenizer, self._ids)[self._said :] + "\n")
 
 
 def _byte_tokenizer() -> PreTrainedTokenizerFast:

@@ -10,6 +10,7 @@ Axis letters:
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +21,10 @@ from lightning_crosslmm.video_file import IMAGE_FORMATS, VIDEO_FORMATS, Picture,
 
 __all__ = ["Clip", "FrameSampling", "VideoInfo", "encode_video", "probe_video", "read_clip", "read_image"]
 
-_SETTINGS = {"uniform": {"num_frames": int}, "rate": {"rate_hz": (int, float), "max_frames": int}}
+_SETTINGS: dict[str, dict[str, Any]] = {
+    "uniform": {"num_frames": int},
+    "rate": {"rate_hz": (int, float), "max_frames": int},
+}
 
 
 @dataclass(frozen=True)
@@ -62,12 +66,12 @@ class FrameSampling:
 
     def times_s(self, duration_s: float, start_s: float = 0.0) -> list[float]:
         """List the wanted moments, in seconds, rising; never empty."""
-        if self.mode == "rate":
+        count = self.num_frames or self.max_frames or 0
+        if self.rate_hz is not None:
             # The small number keeps a clip of exactly k periods from getting frame k, which lies past its end.
-            count = max(1, math.ceil(duration_s * self.rate_hz - 1e-6))
-            if count <= self.max_frames:
-                return [start_s + i / self.rate_hz for i in range(count)]
-        count = self.num_frames or self.max_frames
+            steps = max(1, math.ceil(duration_s * self.rate_hz - 1e-6))
+            if steps <= count:
+                return [start_s + i / self.rate_hz for i in range(steps)]
         return [start_s + (i + 0.5) * duration_s / count for i in range(count)]
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, cast
 
 import av
 import numpy as np
@@ -30,6 +30,7 @@ from lightning_crosslmm.errors import UserError
 VIDEO_FORMATS = "mov,matroska,avi,mpegts,mpeg,flv,ogg,gif"
 IMAGE_FORMATS = "jpeg_pipe,png_pipe,webp_pipe"
 _BICUBIC = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
+_SCALING: dict[str, Any] = {"interpolation": _BICUBIC, "threads": 1}
 _BT601_MATRIX = 6  # AVCOL_SPC_SMPTE170M, what Colorspace.ITU601 is called in a stream's header
 
 
@@ -116,10 +117,9 @@ class VideoFile:
             raise _error(self.name, f"is cut off: it ends at {end_s:.2f} s of {promised_s:.2f} s")
 
     def _header_end_s(self) -> float:
-        """When the video itself ends, sound apart, as the header tells; 0 where it does not."""
+        """When the video itself ends, sound apart, as the header tells (Matroska in a tag); 0 where it does not."""
         if self.stream.duration:
             return float((self.start_pts + self.stream.duration) * self.tick_s)
-        # A statistic of Matroska's.
         tag = re.fullmatch(r"(\d+):(\d+):([\d.]+)", self.stream.metadata.get("DURATION", ""))
         return float(tag[1]) * 3600 + float(tag[2]) * 60 + float(tag[3]) if tag else 0.0
 
@@ -137,17 +137,12 @@ class VideoFile:
 
     def frames(self) -> Iterator[Shown]:
         """Yield frames in the order shown, from the next keyframe on, and raise at the first damage."""
-        key_pts = None
+        started = False
         for packet in self.packets():
-            if key_pts is None:
-                if not packet.is_keyframe:
-                    continue
-                key_pts = self.pts(packet)
-            for frame in packet.decode():
+            started = started or packet.is_keyframe
+            for frame in packet.decode() if started else ():
                 if frame.pts is None:
                     raise _error(self.name, "its frames carry no timestamps", "convert it to mp4 or mkv")
-                if frame.pts < key_pts:
-                    continue  # shown before its keyframe: what it was predicted from is missing
                 if frame.is_corrupt:
                     raise _error(self.name, f"the frame at {self.time_s(frame.pts):.2f} s is damaged")
                 yield Shown(frame.pts, frame)
@@ -221,21 +216,23 @@ class Picture:
         if self._size is None:
             self._size = (frame.width, frame.height) if sideways else (frame.height, frame.width)
         height, width = self._size[::-1] if sideways else self._size
-        planar = self._converter.reformat(
-            frame, width, height, "gbrp", dst_color_range=ColorRange.JPEG, interpolation=_BICUBIC, threads=1
-        )
-        green, blue, red = (np.frombuffer(p, np.uint8).reshape(height, p.line_size)[:, :width] for p in planar.planes)
+        planar = self._converter.reformat(frame, width, height, "gbrp", **_SCALING)
+        green, blue, red = (_bytes(p).reshape(height, p.line_size)[:, :width] for p in planar.planes)
         picture_CHW = np.stack((red, green, blue))
         picture_CHW = picture_CHW.transpose(0, 2, 1) if sideways else picture_CHW
         flip_x, flip_y = (c < 0, b < 0) if sideways else (a < 0, d < 0)
         return np.ascontiguousarray(picture_CHW[:, :: -1 if flip_y else 1, :: -1 if flip_x else 1])
 
 
+def _bytes(buffer: object) -> np.ndarray:
+    return np.frombuffer(buffer, np.uint8)  # type: ignore[call-overload] # PyAV's stubs do not tell what a buffer is
+
+
 def _display_matrix(frame: VideoFrame) -> list[float]:
     """Give (a, b, c, d): the pixel at (x, y) is to be shown at (a x + c y, b x + d y)."""
     try:
         matrix = frame.side_data.get("DISPLAYMATRIX")
-        return np.frombuffer(matrix, np.int32)[[0, 1, 3, 4]].tolist() if matrix else [1, 0, 0, 1]
+        return _bytes(matrix).view(np.int32)[[0, 1, 3, 4]].tolist() if matrix else [1, 0, 0, 1]
     except ValueError:  # PyAV does not know all kinds of side data, EXIF for one; the turn it tells, a mirror image not
         angle = -math.radians(frame.rotation)
         return [math.cos(angle), math.sin(angle), -math.sin(angle), math.cos(angle)]
@@ -276,22 +273,16 @@ def encode_video(
     if codec == "libx265":
         options["x265-params"] = "log-level=none"
     file, converter = io.BytesIO(), VideoReformatter()
+    stored = _SCALING | {"format": pix_fmt, "dst_colorspace": Colorspace.ITU601, "dst_color_range": ColorRange.MPEG}
     try:
         with av.open(file, "w", format="mp4") as container:
-            stream = container.add_stream(codec, rate=Fraction(fps_hz).limit_denominator(1001), options=options)
+            rate = Fraction(fps_hz).limit_denominator(1001)
+            stream = cast(VideoStream, container.add_stream(codec, rate=rate, options=options))
             stream.height, stream.width, stream.pix_fmt = *frames_FHWC.shape[1:3], pix_fmt
             stream.codec_context.thread_count = 1
             stream.codec_context.colorspace, stream.codec_context.color_range = _BT601_MATRIX, ColorRange.MPEG
             for number, frame_HWC in enumerate(frames_FHWC):
-                rgb = VideoFrame.from_ndarray(frame_HWC, format="rgb24")
-                frame = converter.reformat(
-                    rgb,
-                    format=pix_fmt,
-                    dst_colorspace=Colorspace.ITU601,
-                    dst_color_range=ColorRange.MPEG,
-                    interpolation=_BICUBIC,
-                    threads=1,
-                )
+                frame = converter.reformat(VideoFrame.from_ndarray(frame_HWC, format="rgb24"), **stored)
                 frame.pts = number
                 container.mux(stream.encode(frame))
             container.mux(stream.encode())

@@ -13,18 +13,22 @@ from lightning_crosslmm.errors import UserError
 from lightning_crosslmm.video import FrameSampling, encode_video, probe_video, read_clip
 from tests.clips import EIGHT, FrameSamplingAt, mux, numbered_frames, numbers, refused
 
+# Each keyframe but the first is followed by B-frames that are shown before it.
+OPEN_GROUPS = "open-gop=1:keyint=13:min-keyint=13:scenecut=0:bframes=4:b-adapt=0"
+
+
 # -- seeking ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("codec", "options"),
     [
-        ("libx264", {"x264-params": "open-gop=1"}),
-        ("libx265", {"x265-params": "log-level=none:open-gop=1:keyint=12:bframes=4"}),
+        ("libx264", {"x264-params": OPEN_GROUPS}),
+        ("libx265", {"x265-params": "log-level=none:" + OPEN_GROUPS}),
     ],
 )
 def test_open_groups_of_pictures_give_whole_frames(tmp_path, codec, options):
-    path = mux(tmp_path / "clip", range(60), codec=codec, options={"bf": "4"} | options, time_base=Fraction(1, 25))
+    path = mux(tmp_path / "clip", range(60), codec=codec, options=options, time_base=Fraction(1, 25))
     every = read_clip(path, "clip", FrameSampling("uniform", num_frames=60))
     assert numbers(every) == list(range(60))
     for i in range(60):  # one moment alone: a seek to each place of a group
@@ -172,6 +176,36 @@ def test_a_cut_at_every_packet_border_is_noticed(tmp_path, fmt):
         ends = [packet.pos + packet.size for packet in container.demux(video=0) if packet.size][40:100:9]
     for end in ends:
         refused(blob[:end], FrameSampling("uniform", num_frames=24))
+
+
+@pytest.mark.parametrize(("fmt", "codec"), [("avi", "mpeg4"), ("mpegts", "libx264")])
+def test_half_a_frame_at_the_end_is_no_frame(tmp_path, fmt, codec):
+    noise = np.random.default_rng(0).integers(0, 256, (30, 64, 64, 3), dtype=np.uint8)
+    blob = mux(tmp_path / "clip", range(30), fmt, codec, {"bf": "0"}, Fraction(1, 25), frames=noise).read_bytes()
+    with av.open(io.BytesIO(blob)) as container:
+        middle = [packet.pos + packet.size // 2 for packet in container.demux(video=0) if packet.size][20]
+    refused(blob[:middle], FrameSampling("uniform", num_frames=100))
+
+
+def test_probing_notices_three_missing_bytes(tmp_path):
+    with pytest.raises(UserError, match="clip: is damaged or cut off at 4.7"):
+        probe_video(cut_clip(tmp_path, "mp4")[:-3], "clip")
+
+
+def test_a_clip_cut_out_at_an_open_group_starts_at_its_keyframe(tmp_path):
+    options = {"x264-params": OPEN_GROUPS}
+    path = mux(tmp_path / "whole", range(0, 2400, 40), "matroska", options=options)
+    with av.open(str(path)) as whole, av.open(str(tmp_path / "part"), "w", format="matroska") as part:
+        packets = [packet for packet in whole.demux(video=0) if packet.size]
+        stream = part.add_stream_from_template(whole.streams.video[0])
+        first = [i for i, packet in enumerate(packets) if packet.is_keyframe][2]
+        assert any(packet.pts < packets[first].pts for packet in packets[first:])
+        for packet in packets[first:]:
+            packet.stream = stream
+            part.mux(packet)
+    expected = round(packets[first].pts / 40)
+    clip = read_clip(tmp_path / "part", "part", FrameSampling("uniform", num_frames=60))
+    assert numbers(clip)[0] == expected and numbers(clip)[-1] == 59
 
 
 @pytest.mark.parametrize("fmt", ["mp4", "matroska"])

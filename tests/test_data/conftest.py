@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from lightning_crosslmm.conversation import Conversation, Message, Visual
@@ -12,6 +13,15 @@ from lightning_crosslmm.shards import SampleInfo, ShardWriter
 from lightning_crosslmm.video import encode_video
 
 NUM_SAMPLES = 26
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """Threads cost more than they save on tensors of a few numbers."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def _conversation(number: int, has_visuals: bool) -> tuple[Conversation, dict[str, bytes]]:

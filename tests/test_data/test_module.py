@@ -1,4 +1,4 @@
-"""The data module under Lightning: every batch once, whenever and with whatever ranks and accumulation a run resumes."""
+"""The data module under Lightning: every batch once, whenever a run stops and however many batches it accumulates."""
 
 import json
 import sys
@@ -122,9 +122,7 @@ def test_a_batch_that_was_begun_is_trained_again(text_folder, tmp_path, fail_at)
 @pytest.mark.parametrize(
     ("before", "micro_batches", "after"), [(1, 4, 2), (2, 8, 1), (2, 7, 2), (2, 1, 2), (1, 6, 4), (4, 24, 1), (2, 9, 4)]
 )
-def test_accumulation_may_change_and_lost_gradients_are_made_again(
-    text_folder, tmp_path, before, micro_batches, after
-):
+def test_accumulation_may_change_and_lost_gradients_are_made_again(text_folder, tmp_path, before, micro_batches, after):
     path, rest = tmp_path / "saved.ckpt", {"limit_val_batches": 0}
     whole = fit(data_of(text_folder), **rest)
     partial = fit(
@@ -174,6 +172,7 @@ def test_a_checkpoint_without_a_position_is_refused(text_folder, tmp_path):
     fit(data_of(text_folder), SaveAt("on_train_batch_end", 2, path), max_epochs=1)
     checkpoint = torch.load(path, weights_only=True)
     del checkpoint["VideoDataModule"]
+    checkpoint["loops"]["fit_loop"]["state_dict"] = {}  # Lightning keeps a copy here
     torch.save(checkpoint, path)
     with pytest.raises(UserError, match="epoch 0, global batch 0, but Lightning goes on with epoch 0, batch 2"):
         fit(data_of(text_folder), ckpt_path=path)

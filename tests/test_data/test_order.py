@@ -85,7 +85,9 @@ def test_length_is_the_epochs_also_when_it_starts_later():
 def test_the_rest_is_shared_out_and_no_rank_stays_empty(world, sizes):
     ranks = [list(GlobalBatches(order(), 10, rank, world, drop_last=False)) for rank in range(world)]
     assert sorted(ref for batches in ranks for batch in batches for ref in batch) == ALL
-    assert [max(len(batches[step]) for batches in ranks) for step in range(len(ranks[0]))][: len(sizes) - 1] == sizes[:-1]
+    assert [max(len(batches[step]) for batches in ranks) for step in range(len(ranks[0]))][: len(sizes) - 1] == sizes[
+        :-1
+    ]
     for step in range(len(ranks[0])):
         counts = [len(batches[step]) for batches in ranks]
         assert min(counts) >= 1 and max(counts) - min(counts) <= 1
