@@ -3,6 +3,7 @@
 Mistakes in settings end in one message and exit code 2; ``HYDRA_FULL_ERROR=1`` shows where they were found.
 """
 
+import logging
 import os
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from omegaconf import DictConfig, open_dict
 
 from lightning_crosslmm.compose import ANY_TARGET, build_model, check_command_line, instantiate, save_resolved
 from lightning_crosslmm.errors import UserError
-from lightning_crosslmm.run_folder import choose_checkpoint
+from lightning_crosslmm.run_folder import choose_checkpoint, find_checkpoint
 
 CONF_DIR = Path(__file__).resolve().parent / "conf"
 
@@ -27,26 +28,32 @@ def run(cfg: DictConfig) -> None:
     import lightning
     from lightning.pytorch.utilities import rank_zero_only
 
-    from lightning_crosslmm.model import load_weights
     from lightning_crosslmm.module import CrossLMMModule
     from lightning_crosslmm.text import load_tokenizer
+    from lightning_crosslmm.weights import load_weights
+
+    logging.getLogger("lightning").handlers.clear()  # Hydra's root handlers show each line already
 
     lightning.seed_everything(cfg.seed, workers=True)
-    datamodule = instantiate(cfg.data, ANY_TARGET)
     model = build_model(cfg, ANY_TARGET)
     if cfg.init_from is not None:
-        load_weights(model, Path(cfg.init_from))
+        load_weights(model, find_checkpoint(Path(cfg.init_from), "init_from", ("best", "last")))
+    datamodule, optim, decoding = (instantiate(cfg[part], ANY_TARGET) for part in ("data", "optim", "decoding"))
+    callbacks, loggers = (
+        [each for each in instantiate(cfg[group], ANY_TARGET).values() if each] for group in ("callbacks", "logger")
+    )
+    trainer = instantiate(cfg.trainer, ANY_TARGET, callbacks=callbacks, logger=loggers)
+
+    # Before Lightning does, because metrics are named after the question types that the data hold.
+    datamodule.prepare_data()
+    datamodule.setup(cfg.mode)
     module = CrossLMMModule(
         model=model,
         tokenizer=load_tokenizer(cfg.llm.tokenizer),
-        optim=instantiate(cfg.optim, ANY_TARGET),
-        decoding=instantiate(cfg.decoding, ANY_TARGET),
+        optim=optim,
+        decoding=decoding,
         answer_kinds=datamodule.answer_kinds,
     )
-    callbacks, loggers = (
-        [each for each in instantiate(cfg[key], ANY_TARGET).values() if each] for key in ("callbacks", "logger")
-    )
-    trainer = instantiate(cfg.trainer, ANY_TARGET, callbacks=callbacks, logger=loggers)
     if cfg.mode == "fit":
         rank_zero_only(save_resolved)(cfg, Path(cfg.run_dir))
     # weights_only: a checkpoint holds tensors and plain values, and may run no code.

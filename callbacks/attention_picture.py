@@ -5,10 +5,10 @@ Axis letters:
     H W  rows and columns: pixels in frames, patches of the encoder's grid in maps
 """
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from textwrap import shorten
-from typing import Protocol
 
 import lightning
 from lightning.pytorch.utilities.types import STEP_OUTPUT
@@ -18,25 +18,10 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from lightning_crosslmm.batch import VideoBatch
+from lightning_crosslmm.looks import Look
 from lightning_crosslmm.run_folder import replacing
 
 MAX_FRAMES = 8
-
-
-class Look(Protocol):
-    """One clip, what was asked about it, and where the model looked to answer.
-
-    ``frames_FCHW`` is uint8 RGB. The maps are float >= 0, means over heads and fused layers: over the pooled tokens of
-    a frame for V2V, over the answer's tokens for T2V. None where the model has no such branch.
-    """
-
-    key: str
-    question: str
-    answer: str
-    expected: str
-    frames_FCHW: Tensor
-    v2v_FHW: Tensor | None
-    t2v_FHW: Tensor | None
 
 
 class AttentionPicture(lightning.Callback):
@@ -61,7 +46,7 @@ class AttentionPicture(lightning.Callback):
         """Look at the first batch. Every process does, because layers may be sharded; the first one draws."""
         if batch_idx or trainer.sanity_checking:
             return
-        looks: Sequence[Look] = pl_module.looks(batch, self.num_clips)
+        looks = [look for look in pl_module.looks(batch, self.num_clips) if len(look.frames_FCHW)]
         if looks and trainer.is_global_zero:
             draw_looks(looks, Path(trainer.default_root_dir) / "attention.png")
 
@@ -72,7 +57,7 @@ def draw_looks(looks: Sequence[Look], path: Path) -> Figure:
     A map is scaled to its own largest value, so strips show where, not how much.
 
     Args:
-        looks: at least one; of a clip with more than 8 frames, 8 evenly spaced ones are shown.
+        looks: at least one, each with frames; of a clip with more than 8 frames, 8 evenly spaced ones are shown.
         path: the PNG to write.
 
     Returns:
@@ -87,21 +72,28 @@ def draw_looks(looks: Sequence[Look], path: Path) -> Figure:
         axes.imshow(_side_by_side(frames_FCHW).numpy())
         if heat_FHW is None:
             said = f"asked: {look.question}   right: {look.expected}   model: {look.answer}"
-            axes.set_title(shorten(said.replace("$", r"\$"), 150), fontsize=9, loc="left")
+            axes.set_title(_plain(said, 150), fontsize=9, loc="left")
         else:
             heat_FCHW = heat_FHW[shown].detach().float().cpu()[:, None]
             heat_FCHW = interpolate(heat_FCHW, size=frames_FCHW.shape[-2:], mode="bilinear")
             heat_HW = _side_by_side(heat_FCHW)[..., 0]
             axes.imshow(heat_HW.numpy(), alpha=0.6, cmap="inferno", vmin=0, vmax=max(heat_HW.max().item(), 1e-12))
         axes.set(xticks=[], yticks=[], ylabel=name)
-    with replacing(path) as part:
+    with replacing(path) as part, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # questions may be in any script
         figure.savefig(part, dpi=100)
     return figure
 
 
 def _strips(look: Look) -> list[tuple[str, Tensor | None]]:
     branches = [(name, heat) for name, heat in (("V2V", look.v2v_FHW), ("T2V", look.t2v_FHW)) if heat is not None]
-    return [(shorten(look.key, 16), None), *branches]
+    return [(_plain(look.key, 16), None), *branches]
+
+
+def _plain(text: str, width: int) -> str:
+    """What matplotlib draws as it stands: no formulas, no control characters of an untrained model's answer."""
+    text = "".join(letter if letter.isprintable() else " " for letter in text)
+    return shorten(text, width, placeholder="...").replace("$", r"\$")
 
 
 def _spread(num_frames: int) -> list[int]:

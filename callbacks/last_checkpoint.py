@@ -52,7 +52,7 @@ class LastCheckpoint(Checkpoint):
 
     def _save(self, trainer: lightning.Trainer, folder: Path) -> None:
         part, place, old = folder / "last.ckpt.part", folder / "last.ckpt", folder / "last.ckpt.old"
-        trainer.save_checkpoint(part)
+        trainer.save_checkpoint(part, weights_only=False)  # all of the state, to go on from
         if trainer.is_global_zero:
             if place.is_dir():  # a folder cannot be replaced in one move
                 place.rename(old)

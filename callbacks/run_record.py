@@ -46,10 +46,8 @@ class RunRecord(lightning.Callback):
     @rank_zero_only
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
         """Write what is known before the start."""
-        if trainer.state.fn != stage:
-            return  # the validation inside fit
         self._record = {
-            "mode": stage,
+            "mode": trainer.state.fn.value,
             "started": _now(),
             "ended": None,
             "error": None,
@@ -58,7 +56,7 @@ class RunRecord(lightning.Callback):
             "packages": _versions(),
             "python": platform.python_version(),
             "platform": platform.platform(),
-            "device": _device_name(pl_module.device if trainer.strategy is None else trainer.strategy.root_device),
+            "device": _device_name(trainer.strategy.root_device),
             "processes": trainer.world_size,
             "data_fingerprint": getattr(trainer.datamodule, "fingerprint", None),
             "seed": self.seed,
@@ -77,8 +75,7 @@ class RunRecord(lightning.Callback):
 
     def teardown(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
         """Write the final numbers."""
-        if trainer.state.fn == stage:
-            self._finish(trainer, None)
+        self._finish(trainer, None)
 
     def state_dict(self) -> dict[str, Any]:
         """Seconds of training so far."""
@@ -101,7 +98,9 @@ class RunRecord(lightning.Callback):
             for callback in trainer.callbacks:
                 if isinstance(callback, Throughput) and callback.wait_share is not None:
                     metrics["train/wait_share"] = callback.wait_share
-        self._write(trainer, "metrics", {k: v if math.isfinite(v) else None for k, v in sorted(metrics.items())})
+        if metrics:
+            finite = {name: value if math.isfinite(value) else None for name, value in sorted(metrics.items())}
+            self._write(trainer, "metrics", finite)
         self._record.update(ended=_now(), error=error)
         self._write(trainer, "provenance", self._record)
 

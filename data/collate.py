@@ -39,6 +39,8 @@ def collate(samples: Sequence[Sample], samples_per_row: int = 1) -> VideoBatch:
         row_of_sample=torch.arange(len(samples)) // samples_per_row,
         keys=tuple(sample.key for sample in samples),
         answer_kinds=tuple(kind for sample in samples for kind in sample.answer_kinds),
+        questions=tuple(question for sample in samples for question in sample.questions),
+        questions=tuple(question for sample in samples for question in sample.questions),
     )
 
 

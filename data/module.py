@@ -6,6 +6,7 @@ with what Lightning counted itself, and a disagreement is an error rather than a
 
 import hashlib
 import json
+import logging
 import shutil
 import uuid
 from collections.abc import Callable, Mapping
@@ -17,11 +18,15 @@ from lightning.pytorch import LightningDataModule
 
 from data.collate import collate
 from data.order import EpochOrder, GlobalBatches, Position
+from data.probe_encoder import EncoderFit, fit_encoder
 from data.stream import BatchLoader, ClipDataset
 from lightning_crosslmm.errors import UserError
+from lightning_crosslmm.model import CrossLMM
 from lightning_crosslmm.shards import ShardSet, open_shards
 from lightning_crosslmm.text import load_tokenizer
 from lightning_crosslmm.video import FrameSampling
+
+log = logging.getLogger(__name__)
 
 _SPLITS_OF_STAGE = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}
 
@@ -98,6 +103,11 @@ class VideoDataModule(LightningDataModule):
         """Question types that the opened splits name, sorted; known after ``setup``."""
         return tuple(sorted({kind for shards in self._shards.values() for kind in shards.answer_kinds}))
 
+    @property
+    def fingerprint(self) -> dict[str, str]:
+        """What identifies the data of each opened split; known after ``setup``."""
+        return {split: shards.fingerprint for split, shards in self._shards.items()}
+
     def setup(self, stage: str) -> None:
         """Open the shards of a stage's splits."""
         for split in _SPLITS_OF_STAGE[stage]:
@@ -105,6 +115,9 @@ class VideoDataModule(LightningDataModule):
                 self._shards[split] = open_shards(self._specs[split])
             elif split != "val" or stage == "validate":
                 raise UserError(f"data.{split}: is not set; name a folder of shards, a tar or a brace pattern")
+
+    def warm_start(self, model: CrossLMM) -> None:
+        """Prepare a model for a training from the start; real data have nothing to add to its weights."""
 
     def train_dataloader(self) -> BatchLoader:
         """Give the loader of all training epochs; it resumes where a checkpoint's position says."""
@@ -254,15 +267,31 @@ class ProbeDataModule(VideoDataModule):
     Args:
         cache_dir: folders named after the settings' hash lie here, one split in each; delete them to render anew.
         probe: settings of ``data.probe.write_probe``, the same for each split.
+        encoder_fit: settings of ``data.probe_encoder.EncoderFit``, with which a fresh encoder meets the probe's shapes and
+            colours before training; None leaves it as it is.
         stream: every other setting of ``VideoDataModule``; ``predict`` answers the test split.
     """
 
-    def __init__(self, *, cache_dir: str | Path, probe: Mapping[str, Any], **stream: Any) -> None:
+    def __init__(
+        self,
+        *,
+        cache_dir: str | Path,
+        probe: Mapping[str, Any],
+        encoder_fit: Mapping[str, Any] | None = None,
+        **stream: Any,
+    ) -> None:
         settings = json.dumps(dict(probe), sort_keys=True)
         self._probe = dict(probe)
+        self._encoder_fit = EncoderFit(**encoder_fit) if encoder_fit is not None else None
         self._folder = Path(cache_dir) / f"probe-{hashlib.sha256(settings.encode()).hexdigest()[:16]}"
         splits = {split: self._folder / split for split in ("train", "val", "test")}
         super().__init__(**splits, predict=self._folder / "test", **stream)
+
+    def warm_start(self, model: CrossLMM) -> None:
+        """Fit the encoder on labelled pictures of single things."""
+        if self._encoder_fit is not None:
+            right = fit_encoder(model.encoder, self._encoder_fit, self._probe["noise"], self.seed)
+            log.info("encoder fitted: names shape and colour of %.1f %% of single things", 100 * right)
 
     def prepare_data(self) -> None:
         """Write the splits that are missing, each aside and renamed: racing processes see the whole or nothing."""

@@ -97,8 +97,8 @@ class GlobalBatches:
         rank: of this process among those that read different data.
         world: how many there are.
         start_batch: first global batch to give.
-        drop_last: leave out the samples that fill no batch. Otherwise they are the last one; fewer than ``world`` of
-            them join the batch before, because a rank without a sample would have no batch to run.
+        drop_last: leave out the samples that fill no batch. Otherwise they are the last one; if they are fewer than its
+            pieces they join the batch before, because a rank without a sample would have nothing to run.
         accumulate: pieces of a global batch that a rank takes one after the other.
     """
 

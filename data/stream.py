@@ -10,6 +10,7 @@ Axis letters:
 import multiprocessing
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from data.order import GlobalBatches, SampleRef
 from lightning_crosslmm.batch import VideoBatch
-from lightning_crosslmm.conversation import Conversation, Visual
+from lightning_crosslmm.conversation import MARK, Conversation, Visual
 from lightning_crosslmm.errors import UserError
 from lightning_crosslmm.shards import ShardSet, read_sample
 from lightning_crosslmm.text import Text, Tokenizer, tokenise
@@ -35,6 +36,7 @@ class Sample:
         frames_per_visual: how many frames each visual has.
         text: ids, labels and answer numbers.
         answer_kinds: the question type of each answer.
+        questions: what each answer answers, without marks.
     """
 
     key: str
@@ -43,6 +45,7 @@ class Sample:
     frames_per_visual: tuple[int, ...]
     text: Text
     answer_kinds: tuple[str, ...]
+    questions: tuple[str, ...]
 
 
 class ClipDataset(Dataset[Sample]):
@@ -92,6 +95,9 @@ class ClipDataset(Dataset[Sample]):
             frames_per_visual=tuple(len(clip.frames_FCHW) for clip in clips),
             text=tokenise(conversation, self._tokenizer, self._max_tokens),
             answer_kinds=conversation.answer_kinds,
+            questions=tuple(
+                MARK.sub("", message.content).strip() for message in conversation.messages if message.role == "user"
+            ),
         )
 
     def _read_visual(self, visual: Visual, blob: bytes, where: str) -> Clip:

@@ -25,7 +25,8 @@ ANY_TARGET = ("",)
 """For a config its user runs himself: every module that can be imported."""
 
 PART_TARGETS = tuple(
-    f"lightning_crosslmm.{part}" for part in ("encoder", "pooler", "projector", "fusion", "llm", "decoding", "optim")
+    f"lightning_crosslmm.{part}"
+    for part in ("encoder", "pooler", "projector", "fusion", "llm", "decoding", "optim", "video.FrameSampling")
 )
 """For the config of a run folder, which may be a stranger's: the parts of a model and nothing else of the library."""
 
@@ -114,7 +115,7 @@ def instantiate(config: DictConfig, allow: Sequence[str], **objects: Any) -> Any
 
     Args:
         config: a node; a mapping without ``_target_`` gives a dict of what its values describe.
-        allow: packages whose classes and functions may be called, :data:`ANY_TARGET` or :data:`PART_TARGETS`.
+        allow: packages or names of what may be called, :data:`ANY_TARGET` or :data:`PART_TARGETS`.
         objects: further arguments of the outermost target, already built.
 
     Returns:

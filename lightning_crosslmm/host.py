@@ -19,6 +19,7 @@ class HostLayer:
         out_bias: whether the output projection has one.
         head_norm: whether queries and keys are normalised per head (Qwen3 does).
         norm_eps: epsilon of the layer's RMSNorm.
+        init_std: standard deviation that the LLM draws its own fresh matrices with.
         weights: the layer's own tensors by the names ``norm.weight``, ``q_proj.weight``, ``q_proj.bias``, ``q_norm.weight``, ...
     """
 
@@ -30,4 +31,5 @@ class HostLayer:
     out_bias: bool
     head_norm: bool
     norm_eps: float
+    init_std: float
     weights: Mapping[str, Tensor]

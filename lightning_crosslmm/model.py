@@ -18,7 +18,7 @@ from lightning_crosslmm.encoder import Encoder
 from lightning_crosslmm.errors import UserError
 from lightning_crosslmm.fusion import FrameTime, Fusion, FusionContext, Queries, Spans
 from lightning_crosslmm.llm import host_layer, insert_block
-from lightning_crosslmm.llm.layers import packed_mask
+from lightning_crosslmm.llm.layers import enable_checkpointing, packed_mask
 from lightning_crosslmm.placement import Layout, place
 from lightning_crosslmm.pooler import Pooler, Stage
 from lightning_crosslmm.tokens import TokenSet
@@ -294,7 +294,7 @@ class CrossLMM(nn.Module):
     def gradient_checkpointing_enable(self) -> None:
         """Recompute encoder blocks and decoder layers, fusion included, in the backward pass."""
         self.encoder.gradient_checkpointing_enable()
-        self.llm.gradient_checkpointing_enable({"use_reentrant": False})
+        enable_checkpointing(self.llm)
 
     def num_parameters(self) -> dict[str, int]:
         """Count parameters by role; tied ones once."""

@@ -17,7 +17,7 @@ def check_node(node: Mapping[str, Any], where: str, allow: Sequence[str], object
     Args:
         node: plain values, interpolations resolved.
         where: path of the node in the config, ``trainer`` or ``callbacks.curves``.
-        allow: packages whose classes and functions may be called; ``""`` allows all.
+        allow: packages whose classes and functions may be called, or single ones; ``""`` allows all.
         objects: arguments that come from elsewhere, already built.
 
     Raises:
@@ -30,7 +30,7 @@ def check_node(node: Mapping[str, Any], where: str, allow: Sequence[str], object
         raise UserError(_refusal(where, target, allow))
     found = _locate(target, where)
     # A dotted path may lead through an allowed module to what that module imported.
-    if not _allowed(f"{getattr(found, '__module__', '')}.", allow):
+    if not _allowed(f"{getattr(found, '__module__', '')}.{getattr(found, '__qualname__', '')}", allow):
         raise UserError(_refusal(where, target, allow))
     if not callable(found):
         raise UserError(f"{where}._target_: {target} is no class or function but {type(found).__name__}")
@@ -38,7 +38,7 @@ def check_node(node: Mapping[str, Any], where: str, allow: Sequence[str], object
 
 
 def _allowed(target: str, allow: Sequence[str]) -> bool:
-    return any(not prefix or target.startswith(prefix.rstrip(".") + ".") for prefix in allow)
+    return any(not prefix or f"{target}.".startswith(prefix.rstrip(".") + ".") for prefix in allow)
 
 
 def _refusal(where: str, target: str, allow: Sequence[str]) -> str:

@@ -219,7 +219,7 @@ class TokenSet:
         """
         if self.grid is None:
             raise ValueError("these tokens no longer form a regular grid; a grid pooler must come before an irregular one")
-        return self.features_SD.view(self.num_frames, *self.grid, -1)
+        return self.features_SD.view(self.num_frames, *self.grid, self.features_SD.shape[-1])
 
     def padded(self) -> tuple[Tensor, Tensor]:
         """Copy into (F, most tokens of a frame, D) with zeros, and a mask that is True where a token is real."""

@@ -89,7 +89,6 @@ def test_import_that_fails_inside_a_module_is_told(tmp_path, monkeypatch: pytest
         "os.system",
         "lightning_crosslmm_evil.run",
         "lightning_crosslmm.shards.ShardWriter",
-        "lightning_crosslmm.optim",
     ],
 )
 def test_targets_elsewhere_are_refused_without_importing_them(target: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
 
@@ -81,7 +82,9 @@ class TransformersEncoder(Encoder):
 
     def gradient_checkpointing_enable(self) -> None:
         """Recompute the tower's layers in the backward pass."""
-        self.tower.gradient_checkpointing_enable({"use_reentrant": False})
+        # transformers renamed it within version 5 and warns at the old name
+        enable = getattr(self.tower, "activation_checkpointing_enable", None) or self.tower.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
 
 
 def _build_tower(config: Mapping[str, Any], weights: str | None, attention: str) -> nn.Module:
@@ -100,9 +103,10 @@ def _build_tower(config: Mapping[str, Any], weights: str | None, attention: str)
     try:
         found = AutoConfig.from_pretrained(weights)
         found = getattr(found, "vision_config", found)
-        for key, value in claimed.items():
-            if getattr(found, key) != value:
-                raise UserError(f"encoder.config.{key} is {value}, but the checkpoint in encoder.weights '{weights}' has {getattr(found, key)}")
+        for key, value in config.items():  # model_type first of all: another tower would load with half its weights random
+            has = getattr(found, key, None)
+            if has != value:
+                raise UserError(f"encoder.config.{key} is {value}, but the checkpoint in encoder.weights '{weights}' has {has}")
         return tower_class.from_pretrained(weights, attn_implementation=attention)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"encoder.weights '{weights}' is no checkpoint folder or hub name of a {kind}: {error}") from error

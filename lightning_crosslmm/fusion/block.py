@@ -152,6 +152,11 @@ class FusionBlock(nn.Module):
         self.t2v = Branch(host, gate, gate_init) if t2v else None
         names = ["shared"] if share_kv else [name for name, on in (("v2v", v2v), ("t2v", t2v)) if on]
         self.keys_values = nn.ModuleDict({name: KeysValues(host, source_width) for name in names})
+        for part in self.modules():
+            if isinstance(part, nn.Linear):  # as the LLM draws its own
+                nn.init.normal_(part.weight, std=host.init_std)
+                if part.bias is not None:
+                    nn.init.zeros_(part.bias)
 
     def forward(self, hidden_RTD: Tensor, context: FusionContext) -> Tensor:
         """Add both updates to the hidden states of the positions that ask.

@@ -42,6 +42,7 @@ def host_layer(llm: PreTrainedModel, number: int) -> HostLayer:
         out_bias=attention.o_proj.bias is not None,
         head_norm=hasattr(attention, "q_norm"),
         norm_eps=config.rms_norm_eps,
+        init_std=config.initializer_range,
         weights=weights,
     )
 
@@ -124,6 +125,13 @@ def _head_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
     del forward.__wrapped__  # its signature is what generate inspects
     body = {"forward": forward, "takes_fusion": True, "__module__": stock.__module__}
     return type(stock.__name__, (stock,), body)
+
+
+def enable_checkpointing(llm: PreTrainedModel) -> None:
+    """Recompute the decoder layers, fusion included, in the backward pass."""
+    # transformers renamed it within version 5 and warns at the old name
+    enable = getattr(llm, "activation_checkpointing_enable", None) or llm.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def packed_mask(sample_RT: Tensor, implementation: str, dtype: torch.dtype) -> Tensor:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -55,11 +56,11 @@ def load_llm(config: Mapping[str, Any], weights: str | None = None, attention: s
             settings._attn_implementation = attention
             return model_class(settings)
         found = AutoConfig.from_pretrained(weights)
-        for key, value in claimed.items():
+        for key, value in config.items():
             if getattr(found, key, None) != value:
                 raise UserError(
                     f"llm.model.config.{key} is {value}, but the checkpoint in llm.model.weights '{weights}' has {getattr(found, key, None)}"
                 )
         return AutoModelForCausalLM.from_pretrained(weights, attn_implementation=attention)
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise UserError(f"llm.model with weights '{weights}' and attention '{attention}' could not be built: {error}") from error

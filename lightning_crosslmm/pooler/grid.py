@@ -54,7 +54,7 @@ class GridPooler(Pooler):
         place_S3 = grid_coordinates(frame_in_visual(tokens.visual_offsets), (self.rows, self.columns), scale)
         return replace(
             tokens,
-            features_SD=pooled_FhwD.reshape(count, -1),
+            features_SD=pooled_FhwD.flatten(0, 2),
             frame_offsets=torch.arange(tokens.num_frames + 1) * per_frame,
             coordinate_S3=place_S3.to(grid_FHWD.device),
             mass_S=tokens.mass_S.new_full((count,), scale[0] * scale[1]),
@@ -70,7 +70,9 @@ class GridPooler(Pooler):
             pooled_e, source_e = weight_pn.nonzero(as_tuple=True)
             entries = (pooled_e, source_e, weight_pn[pooled_e, source_e])
             moved = (tensor.to(device) for tensor in (rows_hH, columns_wW, *entries))
-            is_partition = len(source_e) == weight_pn.shape[1] == len(source_e.unique())
+            # a partition means averages: each source once, and equal weights within a pooled token
+            mean_e = 1.0 / torch.bincount(pooled_e, minlength=len(weight_pn))[pooled_e]
+            is_partition = len(source_e) == weight_pn.shape[1] == len(source_e.unique()) and torch.allclose(entries[2], mean_e)
             self._tables[grid, device] = _Tables(*moved, *weight_pn.shape, is_partition)
         return self._tables[grid, device]
 

@@ -22,6 +22,7 @@ def sample(key, frames_per_visual, num_answers):
         frames_per_visual=frames_per_visual,
         text=Text(ids, labels, answer),
         answer_kinds=tuple(f"{key}{number}" for number in range(num_answers)),
+        questions=tuple(f"{key}{number}?" for number in range(num_answers)),
     )
 
 
@@ -43,6 +44,7 @@ def test_boundaries_tell_samples_visuals_and_frames_apart():
 def test_labels_point_at_the_batchs_answers():
     batch = collate(SAMPLES)
     assert batch.answer_kinds == ("a0", "a1", "b0", "c0")
+    assert batch.questions == ("a0?", "a1?", "b0?", "c0?")
     assert batch.answer_L[batch.answer_L >= 0].tolist() == [0, 1, 2, 3]
     assert torch.equal(batch.answer_L >= 0, batch.labels_L != IGNORED)
 

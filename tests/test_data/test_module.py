@@ -1,8 +1,7 @@
 """The data module under Lightning: every batch once, whenever a run stops and however many batches it accumulates."""
 
-import json
-import sys
 import types
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -10,12 +9,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from data.module import ProbeDataModule, VideoDataModule
 from lightning_crosslmm.errors import UserError
+from lightning_crosslmm.shards import open_shards
 from lightning_crosslmm.video import FrameSampling
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated:FutureWarning"),  # Lightning 2.6 on torch 2.15
-    pytest.mark.filterwarnings("ignore:.*litlogger"),
-]
 STREAM = {
     "sampling": FrameSampling("uniform", num_frames=2),
     "image_size": 16,
@@ -230,39 +226,54 @@ def test_packing_and_answer_kinds_come_from_settings_and_shards(text_folder):
     data = data_of(text_folder, samples_per_row=2)
     data.setup("fit")
     assert data.answer_kinds == ("number", "surety")
+    assert data.fingerprint == dict.fromkeys(("train", "val"), open_shards(text_folder).fingerprint)
     assert next(iter(data.val_dataloader())).row_of_sample.tolist() == [0, 0, 1, 1]
 
 
-def test_the_probe_is_written_once_and_by_its_settings(text_folder, tmp_path, monkeypatch):
-    written = []
+PROBE = {
+    "clips": {"train": 6, "val": 3, "test": 2},
+    "num_frames": 2,
+    "image_size": 16,
+    "noise": 0.1,
+    "kinds": ["colour", "shape"],
+    "questions_per_clip": 2,
+    "seed": 0,
+    "clips_per_shard": 4,
+}
 
-    def write_probe(folder, split, **settings):
-        written.append((split, settings))
-        folder.mkdir()
-        for path in text_folder.iterdir():
-            (folder / path.name).write_bytes(path.read_bytes())
-        if split == "test" and settings["num_clips"] == 13:
-            raise RuntimeError("power cut")
 
-    probe = types.ModuleType("data.probe")
-    probe.write_probe = write_probe
-    monkeypatch.setitem(sys.modules, "data.probe", probe)
+def probe_of(folder, **changes):
+    return ProbeDataModule(cache_dir=folder, probe=PROBE | changes, global_batch_size=2, **STREAM)
 
-    def probe_data(num_clips):
-        return ProbeDataModule(
-            cache_dir=tmp_path / "cache", probe={"num_clips": num_clips}, global_batch_size=4, **STREAM
-        )
 
-    data = probe_data(7)
+def test_the_probe_is_written_once_per_settings(tmp_path):
+    data = probe_of(tmp_path)
     data.prepare_data()
-    probe_data(7).prepare_data()
-    assert written == [(split, {"num_clips": 7}) for split in ("train", "val", "test")]
     for stage in ("fit", "test", "predict"):
         data.setup(stage)
-    assert len(data.test_dataloader()) == 7
-    with pytest.raises(RuntimeError, match="power cut"):
-        probe_data(13).prepare_data()
-    folders = sorted((tmp_path / "cache").iterdir())
-    assert len(folders) == 2
-    assert {len(list(folder.iterdir())) for folder in folders} == {2, 3}, "a split cut short leaves nothing"
-    assert json.loads((folders[0] / "train" / "shards.json").read_text())
+    assert [len(loader) for loader in (data.train_dataloader(), data.val_dataloader(), data.test_dataloader())] == [
+        3,
+        2,
+        1,
+    ]
+    assert data.answer_kinds == ("colour", "shape")
+    next(iter(data.train_dataloader())).validate()
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    probe_of(tmp_path).prepare_data()
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    probe_of(tmp_path, seed=1).prepare_data()
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_processes_that_race_for_the_probe_all_find_it_whole(tmp_path):
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda data: data.prepare_data(), [probe_of(tmp_path) for _ in range(4)]))
+    (folder,) = tmp_path.iterdir()
+    assert sorted(path.name for path in folder.iterdir()) == ["test", "train", "val"]
+    probe_of(tmp_path).setup("fit")
+
+
+def test_a_probe_that_fails_leaves_no_split_behind(tmp_path):
+    with pytest.raises(UserError, match="data.probe.kinds"):
+        probe_of(tmp_path, kinds=["colur"]).prepare_data()
+    assert not [path for path in tmp_path.rglob("*") if path.name.startswith("train")]

@@ -35,6 +35,7 @@ def test_samples_hold_their_own_frames_and_text(shard_folder):
         assert sample.frames_FCHW.shape == (sum(counts), 3, 16, 16) and sample.frames_FCHW.dtype == torch.uint8
         assert torch.all((sample.frames_FCHW.float() - number * 8).abs() <= 6)
         assert len(sample.answer_kinds) == max(sample.text.answer) + 1 == 1 + number % 2
+        assert sample.questions == ("Which sample?", "Sure?")[: 1 + number % 2]
     assert dataset[SampleRef(0, 4)].frame_time_s_F.tolist() == [0.0, 0.5, 0.75, 0.0]
 
 
