@@ -23,6 +23,8 @@ CONF_DIR = Path(__file__).resolve().parent / "conf"
 def run(cfg: DictConfig) -> None:
     """Do one run of one mode, with everything it writes in ``cfg.run_dir``."""
     checkpoint = choose_checkpoint(cfg.mode, Path(cfg.run_dir), cfg.resume, cfg.init_from, cfg.ckpt)
+    if cfg.mode == "describe":
+        return show(cfg)
 
     # Here, so that a misspelt setting is told before seconds of imports.
     import lightning
@@ -53,11 +55,26 @@ def run(cfg: DictConfig) -> None:
         optim=optim,
         decoding=decoding,
         answer_kinds=datamodule.answer_kinds,
+        gradient_checkpointing=cfg.gradient_checkpointing,
     )
     if cfg.mode == "fit":
         rank_zero_only(save_resolved)(cfg, Path(cfg.run_dir))
+        if checkpoint is None and cfg.init_from is None:
+            datamodule.warm_start(model)
     # weights_only: a checkpoint holds tensors and plain values, and may run no code.
     getattr(trainer, cfg.mode)(module, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
+
+
+def show(cfg: DictConfig) -> None:
+    """Print what the config amounts to. Built on the meta device, so that it takes no weights, and seconds at any size."""
+    import torch
+
+    from lightning_crosslmm.describe import describe
+
+    with torch.device("meta"):
+        model = build_model(cfg, ANY_TARGET)
+    instantiate(cfg.optim, ANY_TARGET).freeze(model)
+    sys.stdout.write("\n".join(describe(model, instantiate(cfg.data.sampling, ANY_TARGET))) + "\n")
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
@@ -85,7 +102,11 @@ def _give_up(error: UserError) -> None:
 if __name__ == "__main__":
     sys.path.append(os.getcwd())  # a user's own parts, by dotted path from where he stands
     try:
-        check_command_line(CONF_DIR, sys.argv[1:])
+        jobs = check_command_line(CONF_DIR, sys.argv[1:])
+        if jobs and all(job.mode == "describe" for job in jobs):  # not by Hydra, which would make a run folder
+            for job in jobs:
+                run(job)
+            raise SystemExit
     except UserError as error:
         _give_up(error)
     main()

@@ -40,7 +40,6 @@ def collate(samples: Sequence[Sample], samples_per_row: int = 1) -> VideoBatch:
         keys=tuple(sample.key for sample in samples),
         answer_kinds=tuple(kind for sample in samples for kind in sample.answer_kinds),
         questions=tuple(question for sample in samples for question in sample.questions),
-        questions=tuple(question for sample in samples for question in sample.questions),
     )
 
 

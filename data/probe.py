@@ -17,20 +17,20 @@ from lightning_crosslmm.shards import SampleInfo, ShardWriter
 from lightning_crosslmm.video import encode_video
 
 FPS_HZ = 4.0
-KINDS = ("colour", "place", "shape")
+KINDS = ("colour_of_shape", "colour_at_place", "place_of_shape")
 
 
 def ask(scenes: Scenes, kind: str, frame: int, thing: int) -> tuple[str, str]:
-    """Put one question about one thing, and answer it.
+    """Put one question about one thing, and answer it. Frames count from 0.
 
-    ``colour``: "t3 disc?" -> "red";  ``place``: "t3 disc at?" -> "tl";  ``shape``: "t3 tl?" -> "disc". Frames count from 0.
+    ``colour_of_shape``: "t3 disc?" -> "red";  ``colour_at_place``: "t3 tl?" -> "red";  ``place_of_shape``: "t3 disc at?" -> "tl".
     """
-    shape = SHAPES[scenes.shape_FO[frame, thing]]
-    if kind == "colour":
-        return f"t{frame} {shape}?", list(COLOURS)[scenes.colour_FO[frame, thing]]
-    if kind == "place":
-        return f"t{frame} {shape} at?", PLACES[thing]
-    return f"t{frame} {PLACES[thing]}?", shape
+    shape, colour = SHAPES[scenes.shape_FO[frame, thing]], list(COLOURS)[scenes.colour_FO[frame, thing]]
+    if kind == "colour_of_shape":
+        return f"t{frame} {shape}?", colour
+    if kind == "colour_at_place":
+        return f"t{frame} {PLACES[thing]}?", colour
+    return f"t{frame} {shape} at?", PLACES[thing]
 
 
 def conversation(random: np.random.Generator, scenes: Scenes, key: str, kinds: Sequence[str], num_questions: int) -> Conversation:
@@ -41,7 +41,7 @@ def conversation(random: np.random.Generator, scenes: Scenes, key: str, kinds: S
     messages, asked = [], []
     for index, number in zip(chosen, kind_of, strict=True):
         question, answer = ask(scenes, kinds[number], *divmod(int(index), per_frame))
-        mark = "" if messages else "<video>"
+        mark = "" if messages else "<video>\n"
         messages += [Message("user", mark + question), Message("assistant", answer)]
         asked.append(kinds[number])
     return Conversation(key, tuple(messages), (Visual("video", f"{key}.mp4"),), tuple(asked))
@@ -71,7 +71,7 @@ def write_probe(
         num_frames: frames per clip, one second for every four of them; each is a new scene.
         image_size: pixels per side, even, 16 or more.
         noise: standard deviation of the pixel noise, 0 to 1.
-        kinds: question types: colour, place, shape.
+        kinds: question types: colour_of_shape, colour_at_place, place_of_shape.
         questions_per_clip: turns of each conversation, at most four per frame.
         seed: of everything that is drawn.
         clips_per_shard: samples per shard.

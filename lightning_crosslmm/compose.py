@@ -56,19 +56,22 @@ def compose_overrides(conf_dir: Path, overrides: Sequence[str]) -> DictConfig:
     return config
 
 
-def check_command_line(conf_dir: Path, words: Sequence[str]) -> None:
+def check_command_line(conf_dir: Path, words: Sequence[str]) -> list[DictConfig]:
     """Compose everything a command line asks for, every job of a sweep too, so that mistakes show before work starts.
 
     Args:
         conf_dir: folder of ``train.yaml``.
         words: the command line without the program. With a flag of Hydra other than ``-m`` nothing is checked.
 
+    Returns:
+        The config of each job; none where nothing was checked.
+
     Raises:
         UserError: see :func:`compose_overrides`; or a setting that must be given and is not.
     """
     flags = {word for word in words if word.startswith("-")}
     if flags - {"-m", "--multirun"}:
-        return
+        return []
     overrides = [word for word in words if word not in flags]
     try:
         parsed = _parse(overrides)
@@ -83,11 +86,12 @@ def check_command_line(conf_dir: Path, words: Sequence[str]) -> None:
             raise UserError(
                 f"{override.input_line}: several values; add -m to run one job for each, or write key=[a,b]"
             )
-    for job in itertools.product(*(_values(override) for override in parsed)):
-        config = compose_overrides(conf_dir, job)
+    jobs = [compose_overrides(conf_dir, job) for job in itertools.product(*(_values(override) for override in parsed))]
+    for config in jobs:
         missing = sorted(OmegaConf.missing_keys(config))
         if missing:
             raise UserError(f"{missing[0]}: must be given; write {missing[0]}=...")
+    return jobs
 
 
 def explain(error: Exception, conf_dir: Path, overrides: Sequence[str]) -> str:
@@ -209,7 +213,7 @@ def _parse(overrides: Sequence[str]) -> list[Override]:
 def _values(override: Override) -> list[str]:
     if override.is_discrete_sweep():
         return [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
-    return [override.input_line]
+    return [_typed(override)]
 
 
 def _groups(conf_dir: Path) -> dict[str, list[str]]:
@@ -221,6 +225,11 @@ def _groups(conf_dir: Path) -> dict[str, list[str]]:
     return groups
 
 
+def _typed(override: Override) -> str:
+    assert override.input_line is not None, "Hydra's parser keeps what it read"
+    return override.input_line
+
+
 def _group_of(override: Override) -> str:
     return override.key_or_group.partition("@")[0]
 
@@ -228,7 +237,7 @@ def _group_of(override: Override) -> str:
 def _refuse_unknown(parsed: Sequence[Override], conf_dir: Path) -> None:
     """Find the override that names no group and no key, and say which it might have meant."""
     groups = _groups(conf_dir)
-    base = _compose(conf_dir, [override.input_line for override in parsed if _group_of(override) in groups])
+    base = _compose(conf_dir, [_typed(override) for override in parsed if _group_of(override) in groups])
     keys = [path for path, _ in _walk(OmegaConf.to_container(base), "") if path]
     for override in parsed:
         key = override.key_or_group
@@ -247,7 +256,7 @@ def _refuse_ineffective(parsed: Sequence[Override], conf_dir: Path) -> None:
         key = override.key_or_group
         if key in seen:
             raise UserError(f"{seen[key]} and {override.input_line}: '{key}' is given twice; keep one of them")
-        seen[key] = override.input_line
+        seen[key] = _typed(override)
     groups = _groups(conf_dir)
     for override in parsed:
         if override.is_add() and not override.is_hydra_override() and _group_of(override) not in groups:

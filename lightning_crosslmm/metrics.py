@@ -4,6 +4,7 @@ Axis letters:
     Y  predicted tokens    W  vocabulary    Z  answers of the batch
 """
 
+import warnings
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -63,5 +64,7 @@ class AnswerAccuracy(MetricCollection):
 
     def seen(self) -> dict[str, Tensor]:
         """Compute the metrics that have counted anything, here or on another rank."""
-        totals = {name: metric.compute() for name, metric in self.items()}
+        with warnings.catch_warnings():  # a rank that saw no answer of a type must still compute it, to join the sum
+            warnings.filterwarnings("ignore", message="The ``compute`` method of metric", category=UserWarning)
+            totals = {name: metric.compute() for name, metric in self.items()}
         return {name: value for name, value in totals.items() if not torch.isnan(value)}

@@ -113,9 +113,10 @@ class CrossLMM(nn.Module):
         for number in layers:
             block = fusion.block(host_layer(llm, number), number, source_width)
             insert_block(llm, number, block, before_layer=fusion.placement == "before_layer")
-        timed = bool(layers) and fusion.frame_time == "sinusoidal"
-        self.key_time = FrameTime(source_width) if timed else None
-        self.query_time = FrameTime(width) if timed and fusion.v2v else None
+        timed = fusion.frame_time == "sinusoidal"
+        std = llm.config.initializer_range
+        self.frame_time = FrameTime(width, std) if timed else None
+        self.encoder_time = FrameTime(encoder.width, std) if timed and layers and fusion.key_source == "encoder" else None
         self.fused_layers = tuple(layers)
 
     def encode(self, batch: VideoBatch) -> Visuals:
@@ -137,10 +138,20 @@ class CrossLMM(nn.Module):
         needs_source = bool(self.fused_layers) and self.fusion_settings.key_source == "projected"
         projected = self._project(tokens) if needs_source or not before else None
         pooled = self._project(self.pooler(tokens)) if before else self.pooler(projected)
-        return Visuals(pooled, projected if needs_source else tokens, is_blank)
+        source = projected if needs_source else self._timed(tokens, self.encoder_time)
+        return Visuals(pooled, source, is_blank)
 
     def _project(self, tokens: TokenSet) -> TokenSet:
-        return tokens.with_features(self.projector(tokens.features_SD))
+        return self._timed(tokens.with_features(self.projector(tokens.features_SD)), self.frame_time)
+
+    def _timed(self, tokens: TokenSet, embed: FrameTime | None) -> TokenSet:
+        if embed is None:
+            return tokens
+        device = tokens.features_SD.device
+        time_FD = embed(tokens.frame_time_s_F.to(device))
+        tokens_F = tokens.frame_offsets.diff().to(device)
+        time_SD = time_FD.repeat_interleave(tokens_F, dim=0, output_size=tokens.num_tokens)
+        return tokens.with_features(tokens.features_SD + time_SD.to(tokens.features_SD.dtype))
 
     def prompt(self, batch: VideoBatch, *, pad_left: bool = False, keeps_keys: bool = False) -> Prompt:
         """Place a batch in front of the LLM.
@@ -202,18 +213,10 @@ class CrossLMM(nn.Module):
         if self.training:  # a branch that nobody asks still takes part in the graph, with weight 0
             blank = Queries(torch.zeros(1, dtype=torch.int64, device=device), _one_span(source.num_tokens), weight=0.0)
             v2v, t2v = v2v or blank, t2v or blank
-        time_s_F = source.frame_time_s_F.to(device)
-        if self.key_time is not None:
-            source_SE = source_SE + _per_token(self.key_time(time_s_F), source).to(source_SE.dtype)
-        time_QD = None
-        if self.query_time is not None and v2v is not None:
-            asking = source if layout.v2v is None else visuals.pooled  # the blank query stands for some token of the blank frame
-            time_QD = _per_token(self.query_time(time_s_F), asking)[: len(v2v.position_Q)]
         return FusionContext(
             source_SE=source_SE,
             v2v=v2v,
             t2v=t2v,
-            v2v_time_QD=time_QD,
             row_spans=layout.row_spans,
             prompt_length=layout.num_positions,
             keys_values={} if keeps_keys else None,
@@ -287,7 +290,7 @@ class CrossLMM(nn.Module):
     def role_of(self, parameter_name: str) -> str:
         """Name the role of a parameter: encoder, pooler, projector, fusion or llm."""
         top = parameter_name.split(".", 1)[0]
-        if top in ("key_time", "query_time") or ".fusion." in parameter_name:
+        if top in ("frame_time", "encoder_time") or ".fusion." in parameter_name:
             return "fusion"
         return top
 
@@ -306,8 +309,4 @@ class CrossLMM(nn.Module):
 
 def _one_span(num_keys: int) -> Spans:
     return Spans(torch.tensor([0, 1]), torch.tensor([0]), torch.tensor([num_keys]))
-
-
-def _per_token(embedded_FD: Tensor, tokens: TokenSet) -> Tensor:
-    return embedded_FD.repeat_interleave(tokens.frame_offsets.diff().to(embedded_FD.device), dim=0, output_size=tokens.num_tokens)
 

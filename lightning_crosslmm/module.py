@@ -50,6 +50,8 @@ class CrossLMMModule(lightning.LightningModule):
             model.gradient_checkpointing_enable()
         self.val_accuracy = AnswerAccuracy(answer_kinds)
         self.test_accuracy = self.val_accuracy.clone()
+        # pretrained parts come in evaluation mode, where nothing is checkpointed, and Lightning would keep it
+        self.train()
 
     def configure_optimizers(self) -> dict[str, Any]:
         """Build the optimizer and a schedule over ``trainer.max_steps``.

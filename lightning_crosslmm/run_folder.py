@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lightning_crosslmm.errors import UserError, nearest
 
-MODES = ("fit", "validate", "test", "predict")
+MODES = ("fit", "validate", "test", "predict", "describe")
 CHECKPOINTS = "checkpoints"
 
 
@@ -61,15 +61,15 @@ def choose_checkpoint(
     """Tell which checkpoint a run starts from, and refuse settings that contradict each other.
 
     Args:
-        mode: ``fit``, ``validate``, ``test`` or ``predict``.
+        mode: ``fit``, ``validate``, ``test``, ``predict`` or ``describe``.
         run_dir: folder of the run.
         resume: checkpoint or run folder whose training goes on; only for ``fit``.
         init_from: weights to start a new training from; only for ``fit``.
-        ckpt: checkpoint or run folder to measure; for all modes but ``fit``. Without it ``run_dir``'s own is taken,
+        ckpt: checkpoint or run folder to measure; for ``validate``, ``test`` and ``predict``. Without it ``run_dir``'s own is taken,
             the best one before the last one.
 
     Returns:
-        The checkpoint, or None for a training from the start.
+        The checkpoint, or None for a training from the start and for a description.
 
     Raises:
         UserError: an unknown mode, settings of another mode, a missing checkpoint, or a folder that holds a training
@@ -77,6 +77,11 @@ def choose_checkpoint(
     """
     if mode not in MODES:
         raise UserError(f"mode={mode}: must be one of {', '.join(MODES)}{nearest(mode, MODES)}")
+    if mode == "describe":
+        for name, value in (("resume", resume), ("init_from", init_from), ("ckpt", ckpt)):
+            if value is not None:
+                raise UserError(f"{name}={value}: mode=describe reads no weights; leave it out")
+        return None
     if mode != "fit":
         for name, value in (("resume", resume), ("init_from", init_from)):
             if value is not None:

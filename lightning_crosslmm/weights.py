@@ -27,7 +27,7 @@ def load_weights(model: CrossLMM, path: Path, whole: bool = False) -> dict[str, 
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
-    except (OSError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
+    except (OSError, EOFError, KeyError, IndexError, TypeError, RuntimeError, pickle.UnpicklingError) as error:
         raise UserError(f"'{path}' is no checkpoint of a run: {error}") from error
     found = {name.removeprefix("model."): tensor for name, tensor in state.items() if name.startswith("model.")}
     own = model.state_dict()

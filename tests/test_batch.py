@@ -16,7 +16,11 @@ def mixed():
 @pytest.mark.parametrize(
     ("field", "change", "message"),
     [
-        ("visual_offsets", lambda t: t[:-1], r"visual_offsets and frames: offsets \[0, 2, 3, 6\] must rise from 0 to 10"),
+        (
+            "visual_offsets",
+            lambda t: t[:-1],
+            r"visual_offsets and frames: offsets \[0, 2, 3, 6\] must rise from 0 to 10",
+        ),
         ("visual_offsets", lambda t: t.int(), "must be int64 on the CPU, got torch.int32"),
         ("text_offsets", lambda t: t + 1, "text_offsets and ids"),
         ("text_offsets", lambda t: t[[0, 2, 1, 3]], "text_offsets and ids"),
@@ -26,7 +30,11 @@ def mixed():
         ("row_of_sample", lambda t: t[1:], "3 keys, 3 texts, 2 rows"),
         ("keys", lambda t: t[1:], "2 keys, 3 texts"),
         ("labels_L", lambda t: t[1:], "labels"),
-        ("sample_of_visual", lambda t: torch.tensor([0, 0, 2, 2]), r"marks per sample \[3, 0, 1\] but visuals .* \[2, 0, 2\]"),
+        (
+            "sample_of_visual",
+            lambda t: torch.tensor([0, 0, 2, 2]),
+            r"marks per sample \[3, 0, 1\] but visuals .* \[2, 0, 2\]",
+        ),
         ("sample_of_visual", lambda t: torch.tensor([0, 2, 0, 0]), "sample_of_visual decreases"),
     ],
 )

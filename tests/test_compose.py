@@ -36,6 +36,9 @@ hydra: {output_subdir: null, run: {dir: "${run_dir}"}}
 }
 
 
+DECAY, WINDOW = (f"did you mean '{key}'?" for key in ("optim.weight_decay", "pooler.window"))
+
+
 @pytest.fixture
 def conf_dir(tmp_path: Path) -> Path:
     for name, text in FILES.items():
@@ -60,11 +63,11 @@ def test_arms_values_and_experiments_compose(conf_dir: Path) -> None:
         ("pooler=averge", "pooler=averge: pooler has no arm 'averge'; did you mean 'average'?; it has average, max"),
         ("experiment=smal", "experiment=smal: experiment has no arm 'smal'; did you mean 'small'?; it has small"),
         ("poolr=max", "poolr=max: there is no setting 'poolr'; did you mean 'pooler'?"),
-        ("optim.weight_decy=0", "optim.weight_decy=0: there is no setting 'optim.weight_decy'; did you mean 'optim.weight_decay'?"),
+        ("optim.weight_decy=0", "optim.weight_decy=0: there is no setting 'optim.weight_decy'; " + DECAY),
         ("weight_decay=0", "weight_decay=0: there is no setting 'weight_decay'; did you mean 'optim.weight_decay'?"),
         ("seeed=3", "seeed=3: there is no setting 'seeed'; did you mean 'seed'?"),
         ("~seeed", "~seeed: there is no setting 'seeed'; did you mean 'seed'?"),
-        ("pooler.window.x=3", "pooler.window.x=3: there is no setting 'pooler.window.x'; did you mean 'pooler.window'?"),
+        ("pooler.window.x=3", "pooler.window.x=3: there is no setting 'pooler.window.x'; " + WINDOW),
         ("qqqqqqq=3", "qqqqqqq=3: there is no setting 'qqqqqqq'"),
         ("pooler", "pooler: is no setting; write key=value, and quote values that hold any of ()[]{}:= or spaces"),
         ("+poler=max", "+poler=max: nothing reads 'poler'; did you mean 'pooler'?"),
@@ -132,7 +135,11 @@ def test_other_flags_of_hydra_are_left_to_it(conf_dir: Path) -> None:
 
 
 def test_instantiate_builds_plain_arguments_inside_out() -> None:
-    node = {"_target_": "collections.OrderedDict", "inner": {"_target_": "fractions.Fraction", "numerator": 3}, "of": ["${seed}"]}
+    node = {
+        "_target_": "collections.OrderedDict",
+        "inner": {"_target_": "fractions.Fraction", "numerator": 3},
+        "of": ["${seed}"],
+    }
     config = OmegaConf.create({"seed": 7, "part": node})
     built = instantiate(config.part, ANY_TARGET, given=[config])
     assert type(built) is OrderedDict and built["inner"] == 3 and type(built["of"]) is list and built["of"] == [7]
@@ -151,7 +158,11 @@ def test_instantiate_names_the_path_of_what_is_wrong(conf_dir: Path) -> None:
         }
     )
     for key, allow, words in (
-        ("deep", ANY_TARGET, r"^deep.list.0.numerater: fractions.Fraction takes no 'numerater'; did you mean 'numerator'"),
+        (
+            "deep",
+            ANY_TARGET,
+            r"^deep.list.0.numerater: fractions.Fraction takes no 'numerater'; did you mean 'numerator'",
+        ),
         ("evil", ("collections",), r"^evil.x._target_: os.system is not run"),
         ("fails", ANY_TARGET, r"^fails: fractions.Fraction cannot be built: Invalid literal for Fraction: 'many'"),
         ("missing", ANY_TARGET, r"^missing.numerator: "),
@@ -172,7 +183,11 @@ def test_a_part_that_refuses_speaks_for_itself(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_run_folder_names_parts_of_models_only() -> None:
-    for target in ("lightning_crosslmm.compose.instantiate", "torch.nn.Linear", "lightning_crosslmm.shards.ShardWriter"):
+    for target in (
+        "lightning_crosslmm.compose.instantiate",
+        "torch.nn.Linear",
+        "lightning_crosslmm.shards.ShardWriter",
+    ):
         with pytest.raises(UserError, match="is not run"):
             instantiate(OmegaConf.create({"_target_": target}), PART_TARGETS)
 

@@ -171,9 +171,7 @@ def test_everyone_sees_what_a_table_says(asked, data):
     assert seen_by(layout.v2v, len(layout.pooled_position_P)) == table
 
     by_position = dict(zip(layout.text_position.tolist(), visible_from_text(batch), strict=True))
-    found = dict(
-        zip(layout.t2v_position.tolist(), seen_by(layout.t2v, len(layout.t2v_position)), strict=True)
-    )
+    found = dict(zip(layout.t2v_position.tolist(), seen_by(layout.t2v, len(layout.t2v_position)), strict=True))
     assert found == {position: seen for position, seen in by_position.items() if seen}
 
     # every slot has a place of its own, in its sample's run of the row, and its predecessor predicts it
@@ -189,5 +187,7 @@ def test_everyone_sees_what_a_table_says(asked, data):
 
 def test_a_row_longer_than_the_context_is_refused():
     assert laid_out(BATCH, max_positions=8).num_positions == 8
-    with pytest.raises(UserError, match=r"sample 's0' makes a row of 8 tokens, the LLM's context is 7; use fewer frames"):
+    with pytest.raises(
+        UserError, match=r"sample 's0' makes a row of 8 tokens, the LLM's context is 7; use fewer frames"
+    ):
         laid_out(BATCH, max_positions=7)

@@ -29,6 +29,7 @@ SMALL = (
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The number of training batches"),  # a test has few
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists"),  # it does where training goes on
 ]
 
 
@@ -105,9 +106,12 @@ def call(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     ("words", "message"),
     [
         (["pooler=averge"], "pooler=averge: pooler has no arm 'averge'; did you mean 'average'?"),
-        (["optim.lr.fuson=1"], "optim.lr.fuson=1: there is no setting 'optim.lr.fuson'; did you mean 'optim.lr.fusion'?"),
+        (
+            ["optim.lr.fuson=1"],
+            "optim.lr.fuson=1: there is no setting 'optim.lr.fuson'; did you mean 'optim.lr.fusion'?",
+        ),
         (["-m", "seed=1,2", "poler=max"], "poler=max: there is no setting 'poler'; did you mean 'pooler'?"),
-        (["mode=fti"], "mode=fti: must be one of fit, validate, test, predict; did you mean 'fit'?"),
+        (["mode=fti"], "mode=fti: must be one of fit, validate, test, predict, describe; did you mean 'fit'?"),
         (["mode=test", "run_dir=nowhere"], "run_dir=nowhere"),
     ],
 )

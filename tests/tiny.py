@@ -53,10 +53,10 @@ def tiny_model(kind="qwen2", attention="sdpa", pooler=None, fusion=None, encoder
 def tiny_batch(*samples, rows=None, seed=0, kinds=None):
     """Build a batch from samples like ``["see", 3, "and", 1, "what?", "=cat"]``.
 
-    A number is a visual of so many frames (1 is an image), text that starts with ``=`` an answer, which gets its end token.
-    Frames are noise, frame k lies at k / 2 seconds.
+    A number is a visual of so many frames (1 is an image), text that starts with ``=`` is an answer and gets
+    its end token. Frames are noise, frame k lies at k / 2 seconds.
     """
-    ids, labels, answer, frames, times = [], [], [], [], []
+    ids, labels, answer, frames, times, asked = [], [], [], [], [], ""
     lengths, questions, frames_of_visual, sample_of_visual = [], [], [], []
     noise = torch.Generator().manual_seed(seed)
     for number, sample in enumerate(samples):

@@ -80,24 +80,26 @@ class Decoding:
             )
         if streamer is not None and len(embeds_RTD) > 1:
             raise UserError(f"streaming takes one question at a time, got {len(embeds_RTD)}")
-        # all that a checkpoint's own generation settings could change is said here: they must not decide a measurement
         settings = GenerationConfig(
             max_new_tokens=self.max_new_tokens,
-            num_beams=1,
-            repetition_penalty=1.0,
             eos_token_id=stop_id,
             pad_token_id=pad_id,
             **self.choice(),
         )
         extra = {} if context is None else {"fusion": context}
-        with torch.no_grad():
-            return llm.generate(
-                inputs_embeds=embeds_RTD,
-                attention_mask=attention_mask_RT,
-                generation_config=settings,
-                streamer=streamer,
-                **extra,
-            )
+        # generate fills what we leave open from the checkpoint's own settings, which must not decide a measurement
+        own, llm.generation_config = llm.generation_config, GenerationConfig()
+        try:
+            with torch.no_grad():
+                return llm.generate(
+                    inputs_embeds=embeds_RTD,
+                    attention_mask=attention_mask_RT,
+                    generation_config=settings,
+                    streamer=streamer,
+                    **extra,
+                )
+        finally:
+            llm.generation_config = own
 
 
 class Greedy(Decoding):

@@ -99,12 +99,9 @@ class Branch(nn.Module):
         self.gate = Gate(gate, gate_init, host.width)
         self.heads = (host.num_heads, host.head_width)
 
-    def query(self, hidden_QD: Tensor, time_QD: Tensor | None) -> Tensor:
+    def query(self, hidden_QD: Tensor) -> Tensor:
         """Give (Q, H, K) queries."""
-        normed_QD = self.norm(hidden_QD)
-        if time_QD is not None:
-            normed_QD = normed_QD + time_QD.to(normed_QD.dtype)
-        return self.q_norm(self.q_proj(normed_QD).unflatten(-1, self.heads))
+        return self.q_norm(self.q_proj(self.norm(hidden_QD)).unflatten(-1, self.heads))
 
     def update(self, attended_QHK: Tensor) -> Tensor:
         """Mix the heads and scale by the gate: (Q, D)."""
@@ -177,8 +174,7 @@ class FusionBlock(nn.Module):
             if branch is None or queries is None:
                 continue
             key_SAK, value_SAK = self._keys_values(name, source_SE, context, made)
-            time_QD = context.v2v_time_QD if name == "v2v" else None
-            query_QHK = branch.query(flat_PD[queries.position_Q], time_QD)
+            query_QHK = branch.query(flat_PD[queries.position_Q])
             attended_QHK = cross_attention(query_QHK, key_SAK, value_SAK, queries.spans, self.backend)
             if context.looks is not None:
                 context.looks.append((self.layer, name, attention_weights(query_QHK, key_SAK, queries.spans)))

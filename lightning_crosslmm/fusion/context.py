@@ -35,7 +35,6 @@ class FusionContext:
         source_SE: what keys and values are made from.
         v2v: queries of the pooled tokens, or None where there are none.
         t2v: queries of the text tokens, or None.
-        v2v_time_QD: what is added to the V2V queries of the frame each stands for; None without a time embedding.
         row_spans: for text that follows the prompt: per row, the (start, end) of all its sources, or None for a row without.
         prompt_length: T of the prompt; positions from there on are generated text.
         keys_values: T2V keys and values by layer, filled at the prompt and read for every new token; None while training, because
@@ -46,7 +45,6 @@ class FusionContext:
     source_SE: Tensor
     v2v: Queries | None
     t2v: Queries | None
-    v2v_time_QD: Tensor | None = None
     row_spans: tuple[tuple[int, int] | None, ...] = ()
     prompt_length: int = 0
     keys_values: dict[int, tuple[Tensor, Tensor]] | None = None
@@ -64,7 +62,7 @@ class FusionContext:
             raise ValueError(
                 f"positions {past_length} to {past_length + num_positions} cut a prompt of {self.prompt_length}; it must go through whole"
             )
-        return replace(self, v2v=None, t2v=self._following(num_positions), v2v_time_QD=None)
+        return replace(self, v2v=None, t2v=self._following(num_positions))
 
     def _following(self, num_positions: int) -> Queries | None:
         seeing = [(row, *span) for row, span in enumerate(self.row_spans) if span is not None]

@@ -49,8 +49,8 @@ class Fusion:
         gate_init: the gate's factor at the start, between -1 and 1.
         weights: ``fresh``, or a copy of the ``host`` layer's self-attention.
         share_kv: both branches share key and value projections.
-        frame_time: ``sinusoidal`` adds an embedding of each frame's time in seconds to keys and V2V queries. Without any, keys
-            carry no frame identity beyond content.
+        frame_time: ``sinusoidal`` adds an embedding of each frame's time in seconds to what the LLM and fusion read of it, in every arm,
+            ``none`` too. Without it, keys carry no frame identity beyond content.
         backend: cross-attention backend.
 
     Raises:
@@ -138,20 +138,23 @@ def copy_host(block: FusionBlock, weights: Mapping[str, Tensor]) -> None:
 
 
 class FrameTime(nn.Module):
-    """Embed the time of a frame: ``W [sin(2 pi t / p_c), cos(2 pi t / p_c)]`` with periods p_c from 0.1 s to 3 hours in equal ratios.
+    """Embed the time of a frame: ``W [sin(2 pi t / p_c), cos(2 pi t / p_c) - 1]`` with periods p_c from 0.1 s to 3 hours in equal ratios.
 
     Source: the paper mentions no positions in its cross-attention; sines and cosines after Vaswani et al., arXiv:1706.03762, section 3.5.
-    Differs: of seconds and not of index, so that the frame rate can change between training and use.
+    Differs: of seconds and not of index, so that the frame rate can change between training and use. Less 1, so that periods much longer than the
+        clip say nothing instead of the same large constant for every frame.
 
     Args:
         width: E.
+        init_std: standard deviation of W at the start.
         num_periods: C / 2.
     """
 
-    def __init__(self, width: int, num_periods: int = 32) -> None:
+    def __init__(self, width: int, init_std: float, num_periods: int = 32) -> None:
         super().__init__()
         self.num_periods = num_periods
         self.out = nn.Linear(2 * num_periods, width, bias=False)
+        nn.init.normal_(self.out.weight, std=init_std)
 
     def forward(self, time_s_F: Tensor) -> Tensor:
         """Embed (F,) seconds as (F, E)."""
@@ -159,5 +162,5 @@ class FrameTime(nn.Module):
         exponent = torch.linspace(0, 1, self.num_periods, device=time_s_F.device)
         period_s = shortest_s * (longest_s / shortest_s) ** exponent
         angle_FC = 2 * math.pi * time_s_F[:, None] / period_s
-        wave_FC = torch.cat([angle_FC.sin(), angle_FC.cos()], dim=-1)
+        wave_FC = torch.cat([angle_FC.sin(), angle_FC.cos() - 1], dim=-1)
         return self.out(wave_FC.to(self.out.weight.dtype))

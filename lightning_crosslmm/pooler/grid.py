@@ -72,7 +72,8 @@ class GridPooler(Pooler):
             moved = (tensor.to(device) for tensor in (rows_hH, columns_wW, *entries))
             # a partition means averages: each source once, and equal weights within a pooled token
             mean_e = 1.0 / torch.bincount(pooled_e, minlength=len(weight_pn))[pooled_e]
-            is_partition = len(source_e) == weight_pn.shape[1] == len(source_e.unique()) and torch.allclose(entries[2], mean_e)
+            covers_once = len(source_e) == weight_pn.shape[1] == len(source_e.unique())
+            is_partition = covers_once and torch.allclose(entries[2], mean_e)
             self._tables[grid, device] = _Tables(*moved, *weight_pn.shape, is_partition)
         return self._tables[grid, device]
 

@@ -78,7 +78,9 @@ class TinyModule(lightning.LightningModule):
     def looks(self, batch: VideoBatch, limit: int) -> list[Look]:
         frames = batch.frames_FCHW.view(len(batch.keys), 2, 3, 8, 8)
         map_FHW = torch.rand(2, 2, 2)
-        return [Look(key, "what?", "red", "$blue$", frames[i], map_FHW, None) for i, key in enumerate(batch.keys[:limit])]
+        return [
+            Look(key, "what?", "red", "$blue$", frames[i], map_FHW, None) for i, key in enumerate(batch.keys[:limit])
+        ]
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.1)

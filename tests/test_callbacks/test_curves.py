@@ -31,7 +31,11 @@ def test_lines_hold_the_points(tmp_path: Path) -> None:
 
 
 def test_a_resumed_part_replaces_what_was_lost(tmp_path: Path) -> None:
-    parts = {0: "epoch,step,train/loss,val/loss\n0,1,4,\n0,3,3,\n0,5,2,\n", 2: "step,train/loss\n3,30\n4,40\n", 10: "step,lr\n9,1\n"}
+    parts = {
+        0: "epoch,step,train/loss,val/loss\n0,1,4,\n0,3,3,\n0,5,2,\n",
+        2: "step,train/loss\n3,30\n4,40\n",
+        10: "step,lr\n9,1\n",
+    }
     for version, text in parts.items():
         (tmp_path / f"version_{version}").mkdir()
         (tmp_path / f"version_{version}" / "metrics.csv").write_text(text)

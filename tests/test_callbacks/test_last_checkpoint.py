@@ -10,7 +10,9 @@ from lightning_crosslmm.errors import UserError
 def steps_saved(trainer, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     steps: list[int] = []
     save = trainer.save_checkpoint
-    monkeypatch.setattr(trainer, "save_checkpoint", lambda *path, **how: (steps.append(trainer.global_step), save(*path, **how)))
+    monkeypatch.setattr(
+        trainer, "save_checkpoint", lambda *path, **how: (steps.append(trainer.global_step), save(*path, **how))
+    )
     return steps
 
 
@@ -36,7 +38,9 @@ def test_never_amid_accumulation(make_trainer, tiny, batches, monkeypatch: pytes
 
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint")  # the loader has no position
 def test_training_goes_on_from_it(make_trainer, tiny, batches, tmp_path: Path) -> None:
-    make_trainer(LastCheckpoint(2), max_steps=5, limit_val_batches=0, enable_checkpointing=True).fit(tiny(), batches(), batches(1))
+    make_trainer(LastCheckpoint(2), max_steps=5, limit_val_batches=0, enable_checkpointing=True).fit(
+        tiny(), batches(), batches(1)
+    )
     module = tiny()
     trainer = make_trainer(max_steps=7, limit_val_batches=0)
     trainer.fit(module, batches(), batches(1), ckpt_path=tmp_path / "checkpoints" / "last.ckpt", weights_only=True)

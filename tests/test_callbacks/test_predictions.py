@@ -9,7 +9,9 @@ from callbacks.predictions import PredictionWriter
 def test_one_line_for_each_answer_in_order(make_trainer, tiny, batches, tmp_path: Path) -> None:
     make_trainer(PredictionWriter()).predict(tiny(), batches(3), return_predictions=False)
     lines = (tmp_path / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
-    assert [json.loads(line)["key"] for line in lines] == [f"clip{batch}-{sample}" for batch in range(3) for sample in (0, 1)]
+    assert [json.loads(line)["key"] for line in lines] == [
+        f"clip{batch}-{sample}" for batch in range(3) for sample in (0, 1)
+    ]
     assert all('"grün"' in line for line in lines)
     assert not list(tmp_path.glob("*.rank*"))
 

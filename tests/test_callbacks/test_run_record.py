@@ -71,7 +71,9 @@ def test_seconds_of_a_resumed_run_add_up(make_trainer, tiny, batches, tmp_path: 
 
     def train(max_steps: int, on_step=None, ckpt_path: Path | None = None) -> float:
         saving = LastCheckpoint(every_n_steps=4)
-        trainer = make_trainer(RunRecord(0), saving, max_steps=max_steps, limit_val_batches=0, enable_checkpointing=True)
+        trainer = make_trainer(
+            RunRecord(0), saving, max_steps=max_steps, limit_val_batches=0, enable_checkpointing=True
+        )
         trainer.fit(tiny(on_step=on_step), batches(), batches(1), ckpt_path=ckpt_path, weights_only=True)
         return read(tmp_path, "metrics.json")["train/seconds"]
 

@@ -42,7 +42,9 @@ def test_validation_and_saving_are_no_wait(make_trainer, tiny, batches, monkeypa
 
 def test_accumulated_batches_are_one_step(make_trainer, tiny, batches, tmp_path: Path) -> None:
     module = tiny(on_step=lambda: time.sleep(0.02))
-    make_trainer(Throughput(), accumulate_grad_batches=2, max_steps=4, limit_val_batches=0).fit(module, batches(), batches(1))
+    make_trainer(Throughput(), accumulate_grad_batches=2, max_steps=4, limit_val_batches=0).fit(
+        module, batches(), batches(1)
+    )
     assert len(logged(tmp_path, "train/steps_per_s")) == 2
     clips, steps = (logged(tmp_path, f"train/{name}_per_s")[-1] for name in ("clips", "steps"))
     assert clips == pytest.approx(4 * steps)  # 2 clips a batch, 2 batches a step

@@ -119,7 +119,9 @@ def test_every_cut_reaches_down_to_the_likeliest(cut):
     assert seeded(llm, Sampling(8, **cut)) == by_hand(llm, PROMPT, 8)[0].tolist()
 
 
-@pytest.mark.parametrize("own", [{"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-4}, {"min_p": 0.99}, {"typical_p": 0.01}])
+@pytest.mark.parametrize(
+    "own", [{"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-4}, {"min_p": 0.99}, {"typical_p": 0.01}]
+)
 def test_a_checkpoints_own_cut_does_not_narrow_the_draw(own):
     assert seeded(llm_of(**own), Sampling(16)) == seeded(llm_of(), Sampling(16))
 

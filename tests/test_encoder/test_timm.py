@@ -60,7 +60,9 @@ def test_convolutional_stem(image_size):
 
 
 def test_a_stems_raster_is_the_pictures():
-    stem = TimmEncoder("vit_tiny_patch16_224", 16, stem="conv", config=VIT_SHAPE | {"global_pool": ""}).tower.patch_embed
+    stem = TimmEncoder(
+        "vit_tiny_patch16_224", 16, stem="conv", config=VIT_SHAPE | {"global_pool": ""}
+    ).tower.patch_embed
     dark_11HW = torch.zeros(1, 3, 16, 16)
     lit = dark_11HW.clone()
     lit[..., 5, 14] = 9.0  # inside patch row 1, column 3
@@ -70,7 +72,9 @@ def test_a_stems_raster_is_the_pictures():
 
 @pytest.mark.parametrize(("patch_size", "image_size"), [(6, 24), (2, 16), (8, 20)])
 def test_a_stem_that_cannot_reach_the_patch_is_refused(patch_size, image_size):
-    with pytest.raises(UserError, match=f"patch_size {patch_size} and encoder.image_size {image_size}: .* 4, 8, 16 or 32"):
+    with pytest.raises(
+        UserError, match=f"patch_size {patch_size} and encoder.image_size {image_size}: .* 4, 8, 16 or 32"
+    ):
         config = {**VIT_SHAPE, "global_pool": "", "patch_size": patch_size}
         TimmEncoder("vit_tiny_patch16_224", image_size, stem="conv", config=config)
 
@@ -78,10 +82,18 @@ def test_a_stem_that_cannot_reach_the_patch_is_refused(patch_size, image_size):
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
-        ("vit_tiny_patch16_244", {}, "vit_tiny_patch16_244', which timm does not know; did you mean 'vit_tiny_patch16_224'"),
+        (
+            "vit_tiny_patch16_244",
+            {},
+            "vit_tiny_patch16_244', which timm does not know; did you mean 'vit_tiny_patch16_224'",
+        ),
         ("resnet18", {}, "resnet18"),
         ("vit_tiny_patch16_224", {"config": {"embed_dimm": 16}}, "could not build .*embed_dimm"),
-        ("vit_tiny_patch16_224", {"stem": "convv"}, "encoder.stem is 'convv'; right are patch, conv; did you mean 'conv'"),
+        (
+            "vit_tiny_patch16_224",
+            {"stem": "convv"},
+            "encoder.stem is 'convv'; right are patch, conv; did you mean 'conv'",
+        ),
         ("vit_tiny_patch16_224", {"config": VIT_SHAPE | {"global_pool": ""}, "layer": 3}, "encoder.layer is 3"),
     ],
 )

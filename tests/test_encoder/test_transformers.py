@@ -128,7 +128,10 @@ def test_a_damaged_checkpoint_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"model_type": "siglip_vision"}, "encoder.config.model_type is 'siglip_vision'; .* did you mean 'siglip_vision_model'"),
+        (
+            {"model_type": "siglip_vision"},
+            "encoder.config.model_type is 'siglip_vision'; .* did you mean 'siglip_vision_model'",
+        ),
         ({}, "encoder.config.model_type is ''"),
         ({"model_type": "clip_vision_model", "hiden_size": 16}, "no entry 'hiden_size'; did you mean 'hidden_size'"),
     ],

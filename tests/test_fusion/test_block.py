@@ -21,7 +21,7 @@ def block(kind="qwen2", source_width=WIDTH, **settings):
 
 
 def context(source_width=WIDTH, **changes):
-    """Two rows of six positions: positions 1 and 2 of row 0 are pooled, 3 and 4 of row 0 and all of row 1's last are text."""
+    """Two rows of six positions: 1 and 2 are pooled and read sources 0 to 5, as 3 and 4 do; 11 reads the others."""
     source_SE = torch.randn(SOURCES, source_width, generator=torch.Generator().manual_seed(1))
     v2v = Queries(torch.tensor([1, 2]), Spans(torch.tensor([0, 2]), torch.tensor([0]), torch.tensor([6])))
     t2v = Queries(torch.tensor([3, 4, 11]), Spans(torch.tensor([0, 2, 3]), torch.tensor([0, 6]), torch.tensor([6, 10])))
@@ -104,9 +104,7 @@ def test_the_formula():
     query = branch.q_proj(normed(asking_QD, branch.norm)).view(2, 4, 8)
     source_SE = normed(here.source_SE[:6], keys_values.norm)
     key, value = (part(source_SE).view(6, 2, 8) for part in (keys_values.k_proj, keys_values.v_proj))
-    heads = [
-        torch.softmax(query[:, h] @ key[:, h // 2].T / 8**0.5, dim=-1) @ value[:, h // 2] for h in range(4)
-    ]
+    heads = [torch.softmax(query[:, h] @ key[:, h // 2].T / 8**0.5, dim=-1) @ value[:, h // 2] for h in range(4)]
     update_QD = 0.25 * branch.o_proj(torch.cat(heads, dim=-1))
     found = made(hidden(), here).flatten(0, 1)[[1, 2]]
     torch.testing.assert_close(found, asking_QD + update_QD, rtol=0, atol=2e-6)
@@ -162,7 +160,7 @@ def test_weights_of_the_host(kind):
                     if name != "gate":
                         assert torch.equal(tensor, getattr(stock, key).data), (name, key)
     assert made.v2v.gate.raw.tanh().item() == pytest.approx(0.5)
-    assert not made.v2v.q_proj.weight.data_ptr() == attention.q_proj.weight.data_ptr()
+    assert made.v2v.q_proj.weight.data_ptr() != attention.q_proj.weight.data_ptr()
 
 
 def test_sources_of_another_width():
@@ -178,11 +176,6 @@ def test_a_weight_of_zero_keeps_the_graph_and_adds_nothing():
     assert torch.equal(out, hidden())
     out.sum().backward()
     assert all(p.grad is not None and not p.grad.any() for p in made.v2v.parameters())
-
-
-def test_time_is_added_to_v2v_queries():
-    made, time_QD = block(), torch.randn(2, WIDTH)
-    assert moved(made(hidden(), context()), made(hidden(), context(v2v_time_QD=time_QD))) == [1, 2]
 
 
 def test_looks_are_collected_per_branch():

@@ -7,9 +7,7 @@ QUERIES = Queries(torch.tensor([0]), Spans(torch.tensor([0, 1]), torch.tensor([0
 
 
 def context(row_spans=((0, 4), None, (4, 9))):
-    return FusionContext(
-        torch.zeros(9, 2), QUERIES, QUERIES, v2v_time_QD=torch.zeros(1, 2), row_spans=row_spans, prompt_length=7
-    )
+    return FusionContext(torch.zeros(9, 2), QUERIES, QUERIES, row_spans=row_spans, prompt_length=7)
 
 
 def test_the_prompt_goes_through_as_it_is():
@@ -20,7 +18,7 @@ def test_the_prompt_goes_through_as_it_is():
 @pytest.mark.parametrize(("num_positions", "positions"), [(1, [0, 2]), (3, [0, 1, 2, 6, 7, 8])])
 def test_new_text_reads_all_sources_of_its_row(num_positions, positions):
     after = context().at(7, num_positions)
-    assert after.v2v is None and after.v2v_time_QD is None
+    assert after.v2v is None
     assert after.t2v.position_Q.tolist() == positions
     spans = after.t2v.spans
     assert spans.query_offsets.tolist() == [0, num_positions, 2 * num_positions]

@@ -46,9 +46,15 @@ def test_nothing_is_loaded_on_the_meta_device(tmp_path):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"model_type": "qwen"}, "llm.model.config.model_type is 'qwen'; right are qwen2, qwen3, llama; did you mean 'qwen"),
+        (
+            {"model_type": "qwen"},
+            "llm.model.config.model_type is 'qwen'; right are qwen2, qwen3, llama; did you mean 'qwen",
+        ),
         ({}, "llm.model.config.model_type is ''"),
-        ({"model_type": "qwen2", "hiddensize": 8}, "llm.model.config has no entry 'hiddensize'; did you mean 'hidden_size'"),
+        (
+            {"model_type": "qwen2", "hiddensize": 8},
+            "llm.model.config has no entry 'hiddensize'; did you mean 'hidden_size'",
+        ),
     ],
 )
 def test_misspelt_geometry_is_refused(config, message):
