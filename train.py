@@ -1,4 +1,4 @@
-"""Train, measure or run a video LMM: ``python train.py [mode=fit] [group=arm] [key=value] [-m]``.
+"""Train, measure, run or describe a video LMM: ``python train.py [mode=fit] [group=arm] [key=value] [-m]``.
 
 Mistakes in settings end in one message and exit code 2; ``HYDRA_FULL_ERROR=1`` shows where they were found.
 """
@@ -24,7 +24,8 @@ def run(cfg: DictConfig) -> None:
     """Do one run of one mode, with everything it writes in ``cfg.run_dir``."""
     checkpoint = choose_checkpoint(cfg.mode, Path(cfg.run_dir), cfg.resume, cfg.init_from, cfg.ckpt)
     if cfg.mode == "describe":
-        return show(cfg)
+        show(cfg)
+        return
 
     # Here, so that a misspelt setting is told before seconds of imports.
     import lightning
@@ -66,7 +67,7 @@ def run(cfg: DictConfig) -> None:
 
 
 def show(cfg: DictConfig) -> None:
-    """Print what the config amounts to. Built on the meta device, so that it takes no weights, and seconds at any size."""
+    """Print what the config amounts to; built on the meta device: no weights, and seconds at any size."""
     import torch
 
     from lightning_crosslmm.describe import describe

@@ -14,7 +14,7 @@ from torch import nn
 
 
 class Stopwatch:
-    """Time nested stretches of work on the device's own clock: CUDA events there, so that no reading makes the host wait.
+    """Time nested stretches of work on the device's own clock: CUDA events there, which make nothing wait.
 
     Args:
         device: where the work runs, a CPU or a CUDA device.
@@ -64,7 +64,7 @@ def peak_bytes(device: torch.device, work: Callable[[], None]) -> int:
     """Run some work and tell how far memory rose above where it stood before.
 
     Returns:
-        On CUDA the growth of `max_memory_allocated`, exact; else that of this process's resident memory, sampled each millisecond.
+        On CUDA the growth of `max_memory_allocated`; else that of this process's resident memory, sampled every ms.
     """
     return _peak_cuda_bytes(work) if device.type == "cuda" else _peak_rss_bytes(work)
 

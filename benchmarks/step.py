@@ -3,8 +3,9 @@
     python benchmarks/step.py
     python benchmarks/step.py trainer=gpu data.global_batch_size=32 --steps 50 --arms fusion=none fusion=crosslmm
 
-Takes the settings of `train.py` and trains on its data: real batches, forward, backward and optimizer steps, in one process
-on one device. Each arm adds settings of its own; arms take turns step by step, so that a busy machine slows all alike.
+Takes the settings of `train.py` and trains on its data: real batches, forward, backward and optimizer steps, in one
+process on one device. Each arm adds settings of its own; arms take turns step by step, so that a busy machine slows all
+alike.
 """
 
 import argparse
@@ -25,8 +26,7 @@ from gauges import Stopwatch, peak_bytes
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-REPOSITORY = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPOSITORY))  # benchmarks belong to a checkout, wherever the user stands
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout's root, wherever the user stands
 
 from lightning_crosslmm.batch import VISUAL_MARK, VideoBatch
 from lightning_crosslmm.compose import ANY_TARGET, build_model, compose_overrides, instantiate
@@ -35,6 +35,7 @@ from lightning_crosslmm.module import CrossLMMModule
 from lightning_crosslmm.run_folder import replacing
 from lightning_crosslmm.text import load_tokenizer
 
+CONF_DIR = Path(__file__).resolve().parents[1] / "conf"
 PARTS = ("data wait", "encoder", "pooler, projector", "LLM", "fusion", "head, loss", "backward", "optimizer")
 REST, TOTAL = "rest", "total"
 
@@ -140,7 +141,12 @@ class Arm:
         for part in (*PARTS, REST, TOTAL):
             each = [ms[part] for ms in self.steps_ms]
             median, p90 = np.percentile(each, (50, 90)).tolist()
-            rows[part] = {"median_ms": median, "p90_ms": p90, "share": sum(each) / total_ms}
+            rows[part] = {
+                "median_ms": median,
+                "p90_ms": p90,
+                "mean_ms": sum(each) / len(each),
+                "share": sum(each) / total_ms,
+            }
         return {
             "parts": rows,
             "steps": len(self.steps_ms),
@@ -154,7 +160,7 @@ class Arm:
 
 def compose_arm(words: list[str], device: str | None) -> DictConfig:
     """Compose an arm's settings for one process, which has as many samples at a time as training would."""
-    config = compose_overrides(REPOSITORY / "conf", words)
+    config = compose_overrides(CONF_DIR, words)
     config.trainer.update(devices=1, num_nodes=1, strategy="auto")
     if device is not None:
         config.trainer.accelerator = device
@@ -259,9 +265,8 @@ def main() -> None:
         "memory": "torch.cuda.max_memory_allocated" if on_cuda else "resident memory of the process, sampled",
         "arms": {name: arm.summary() for name, arm in arms.items()},
     }
-    print(
-        f"{found['device']}, {found['threads']} threads, {found['precision']}, {chosen.steps} steps after {chosen.warmup}"
-    )
+    where = f"{found['device']}, {found['threads']} threads, {found['precision']}"
+    print(f"{where}, {chosen.steps} steps after {chosen.warmup} to warm up")
     print(table(found["arms"], found["memory"]))
     if chosen.json is not None:
         with replacing(chosen.json) as part:

@@ -23,7 +23,8 @@ KINDS = ("colour_of_shape", "colour_at_place", "place_of_shape")
 def ask(scenes: Scenes, kind: str, frame: int, thing: int) -> tuple[str, str]:
     """Put one question about one thing, and answer it. Frames count from 0.
 
-    ``colour_of_shape``: "t3 disc?" -> "red";  ``colour_at_place``: "t3 tl?" -> "red";  ``place_of_shape``: "t3 disc at?" -> "tl".
+    ``colour_of_shape``: "t3 disc?" -> "red";  ``colour_at_place``: "t3 tl?" -> "red";
+    ``place_of_shape``: "t3 disc at?" -> "tl".
     """
     shape, colour = SHAPES[scenes.shape_FO[frame, thing]], list(COLOURS)[scenes.colour_FO[frame, thing]]
     if kind == "colour_of_shape":
@@ -33,7 +34,9 @@ def ask(scenes: Scenes, kind: str, frame: int, thing: int) -> tuple[str, str]:
     return f"t{frame} {shape} at?", PLACES[thing]
 
 
-def conversation(random: np.random.Generator, scenes: Scenes, key: str, kinds: Sequence[str], num_questions: int) -> Conversation:
+def conversation(
+    random: np.random.Generator, scenes: Scenes, key: str, kinds: Sequence[str], num_questions: int
+) -> Conversation:
     """Ask several things about a clip, one turn each; no thing is asked about twice."""
     num_frames, per_frame = scenes.shape_FO.shape
     chosen = random.permutation(num_frames * per_frame)[:num_questions]
@@ -84,11 +87,14 @@ def write_probe(
             raise UserError(f"data.probe.kinds names '{kind}'; right are {', '.join(KINDS)}{nearest(kind, KINDS)}")
     if not kinds or not 1 <= questions_per_clip <= 4 * num_frames:
         raise UserError(
-            f"data.probe.kinds {list(kinds)} must name a kind, data.probe.questions_per_clip {questions_per_clip} be 1 to {4 * num_frames} "
+            f"data.probe.kinds {list(kinds)} must name a kind, "
+            f"data.probe.questions_per_clip {questions_per_clip} be 1 to {4 * num_frames} "
             f"(four things in each of data.probe.num_frames {num_frames})"
         )
     if image_size < 16 or image_size % 2 or not 0 <= noise <= 1:
-        raise UserError(f"data.probe.image_size {image_size} must be even and 16 or more, data.probe.noise {noise} between 0 and 1")
+        raise UserError(
+            f"data.probe.image_size {image_size} must be even and 16 or more, data.probe.noise {noise} between 0 and 1"
+        )
     with ShardWriter(folder, samples_per_shard=clips_per_shard) as writer:
         for number in range(clips[split]):
             random = np.random.default_rng(_stream(seed, split, number))

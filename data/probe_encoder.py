@@ -1,8 +1,10 @@
 """Give the small encoder what SigLIP brings along: eyes that have seen captioned pictures.
 
-A fresh ViT and a fresh LLM that learn from answers alone wait for each other: the LLM has nothing to read, and the encoder is told nothing. Users
-start from SigLIP; the default run stands in for that with a few seconds on single things, each labelled with its shape and its colour. The
-labels say nothing about place, time or other things in the frame, and no clip of the probe set is used.
+A fresh ViT and a fresh LLM that learn from answers alone wait for each other: the LLM has nothing to read, and the
+encoder is told nothing. Users start from SigLIP; the default run stands in for that with a few seconds on single
+things, each labelled with shape, colour and quadrant. The labels are what a caption would say (a red disc, top left),
+of a single thing; they say nothing of time or of which of several things is meant, and no clip of the probe set is
+used.
 
 Axis letters:
     F  pictures    H W C  pixel rows, pixel columns, channels    N  patches    E  encoder width
@@ -15,9 +17,11 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from data.probe_scene import COLOURS, SHAPES, render
+from data.probe_scene import COLOURS, PLACES, SHAPES, render
 from lightning_crosslmm.encoder import Encoder
 from lightning_crosslmm.errors import UserError
+
+_CLASSES = [len(SHAPES), len(COLOURS), len(PLACES)]
 
 
 @dataclass(frozen=True)
@@ -35,17 +39,18 @@ class EncoderFit:
     lr: float
 
     def __post_init__(self) -> None:
+        """Refuse settings that train nothing."""
         if self.steps < 1 or self.batch_size < 1 or self.lr <= 0:
             raise UserError(
-                f"data.encoder_fit.steps {self.steps} and batch_size {self.batch_size} must be 1 or more, lr {self.lr} above 0; "
-                "data.encoder_fit=null leaves the encoder as it is"
+                f"data.encoder_fit.steps {self.steps} and batch_size {self.batch_size} must be 1 or more, "
+                f"lr {self.lr} above 0; data.encoder_fit=null leaves the encoder as it is"
             )
 
 
 def fit_encoder(encoder: Encoder, fit: EncoderFit, noise: float, seed: int) -> float:
-    """Train the encoder to name shape and colour of a single thing from the mean of its patches.
+    """Train the encoder to name shape, colour and place of a single thing from the mean of its patches.
 
-    ``loss = CE(shape | W_s mean(patches)) + CE(colour | W_c mean(patches))``; the two linear heads are thrown away.
+    ``loss = sum over the three of CE(label | W mean(patches))``; the linear heads are thrown away.
 
     Args:
         encoder: changed in place.
@@ -54,13 +59,15 @@ def fit_encoder(encoder: Encoder, fit: EncoderFit, noise: float, seed: int) -> f
         seed: of pictures and heads.
 
     Returns:
-        Share of pictures of the last 20 steps with both named right.
+        Share of pictures of the last 20 steps with all three named right.
     """
+    was_trained = [parameter.requires_grad for parameter in encoder.parameters()]
+    encoder.requires_grad_(True)  # a training may freeze it; that begins afterwards
     random = np.random.default_rng(seed)
     device = next(encoder.parameters()).device
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        head = nn.Linear(encoder.width, len(SHAPES) + len(COLOURS)).to(device)
+        head = nn.Linear(encoder.width, sum(_CLASSES)).to(device)
     optimizer = torch.optim.AdamW([*encoder.parameters(), *head.parameters()], lr=fit.lr, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, (step + 1) / 30, max(0.02, 2 * (1 - step / fit.steps)))
@@ -70,17 +77,21 @@ def fit_encoder(encoder: Encoder, fit: EncoderFit, noise: float, seed: int) -> f
         scenes = render(random, fit.batch_size, encoder.image_size, noise, num_things=1)
         thing_F1 = torch.from_numpy(scenes.shape_FO.argmax(axis=1))[:, None]  # empty quadrants say -1
         shape_F, colour_F = (
-            torch.from_numpy(index_FO).gather(1, thing_F1)[:, 0].to(device) for index_FO in (scenes.shape_FO, scenes.colour_FO)
+            torch.from_numpy(index_FO).gather(1, thing_F1)[:, 0].to(device)
+            for index_FO in (scenes.shape_FO, scenes.colour_FO)
         )
         frames_FCHW = torch.from_numpy(scenes.frames_FHWC).permute(0, 3, 1, 2).to(device)
         logits = head(encoder(frames_FCHW).mean(dim=1))
-        of_shape, of_colour = logits[:, : len(SHAPES)], logits[:, len(SHAPES) :]
-        loss = cross_entropy(of_shape, shape_F) + cross_entropy(of_colour, colour_F)
+        labels = (shape_F, colour_F, thing_F1[:, 0].to(device))
+        named = list(zip(logits.split(_CLASSES, dim=1), labels, strict=True))
+        loss = torch.stack([cross_entropy(of_kind, label_F) for of_kind, label_F in named]).sum()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-        both = (of_shape.argmax(dim=-1) == shape_F) & (of_colour.argmax(dim=-1) == colour_F)
-        right.append(both.float().mean().item())
+        hits = torch.stack([of_kind.argmax(dim=-1) == label_F for of_kind, label_F in named])
+        right.append(hits.all(dim=0).float().mean().item())
     optimizer.zero_grad()
+    for parameter, is_trained in zip(encoder.parameters(), was_trained, strict=True):
+        parameter.requires_grad_(is_trained)
     return float(np.mean(right[-20:]))

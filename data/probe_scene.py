@@ -1,8 +1,8 @@
 """The probe's pictures: coloured shapes in the quadrants of noisy frames, a new scene in every frame.
 
-A question names a time and one property of a thing and asks for another. Colours are independent of shapes, and scenes of each other,
-so an answer binds time, place, shape and colour among distractors: who knows only which colours a frame holds, as the mean of a
-frame's patches tells, guesses among them.
+A question names a time and one property of a thing and asks for another. Colours are independent of shapes, and scenes
+of each other, so an answer binds time, place, shape and colour among distractors: who knows only which colours a frame
+holds, as the mean of a frame's patches tells, guesses among them.
 
 Axis letters:
     F  frames    H W C  pixel rows, pixel columns, channels    O  things per frame (one per quadrant)

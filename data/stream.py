@@ -10,7 +10,6 @@ Axis letters:
 import multiprocessing
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from lightning_crosslmm.batch import IGNORED, VideoBatch
-from lightning_crosslmm.compose import build_model, instantiate, load_run
+from lightning_crosslmm.compose import PART_TARGETS, build_model, instantiate, load_run
 from lightning_crosslmm.conversation import Conversation, Message, Visual
 from lightning_crosslmm.decoding import Decoding
 from lightning_crosslmm.errors import UserError
@@ -21,7 +21,6 @@ from lightning_crosslmm.text import TextStreamer, Tokenizer, decode_answer, end_
 from lightning_crosslmm.video import Clip, FrameSampling, read_clip, read_image
 from lightning_crosslmm.weights import load_weights
 
-TRUSTED = ("lightning_crosslmm.",)
 _IMAGES = (".jpg", ".jpeg", ".png", ".webp")
 
 
@@ -49,14 +48,14 @@ class Answerer:
 
         Args:
             run_dir: a folder that ``train.py`` wrote.
-            allow: prefixes of classes outside this package that the config may name; none are trusted by default, because a
-                stranger's config must run no code.
+            allow: prefixes of further classes that the config may name; by default only the parts of a model are
+                trusted, because a stranger's config must run no code.
 
         Raises:
             UserError: no run there, a class that is not allowed, or a checkpoint of another configuration.
         """
         config = load_run(run_dir)
-        trusted = (*TRUSTED, *allow)
+        trusted = (*PART_TARGETS, *allow)
         for part in ("encoder", "llm.model"):  # the checkpoint holds all weights: nothing pretrained is loaded twice
             node = config.encoder if part == "encoder" else config.llm.model
             for key, nothing in (("weights", None), ("pretrained", False)):

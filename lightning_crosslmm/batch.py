@@ -24,19 +24,21 @@ IGNORED = -100
 class VideoBatch:
     """Samples with their frames and text, packed without padding.
 
-    Only frames move to the accelerator. Text, boundaries and times stay on the CPU: the layout is computed there, so that nothing
-    waits for the accelerator to tell a count, and what the model needs of it moves in one go.
+    Only frames move to the accelerator. Text, boundaries and times stay on the CPU: the layout is computed there, so
+    that nothing waits for the accelerator to tell a count, and what the model needs of it moves in one go.
 
     Args:
         frames_FCHW: uint8, frames of all visuals one after the other, already at the encoder's size. F may be 0.
         frame_time_s_F: float32, seconds from the start of the frame's video; 0 for an image.
-        visual_offsets: (V+1,) int64, the frames of visual v are ``[v], [v+1]``. Visuals stand in the order of their marks.
+        visual_offsets: (V+1,) int64, the frames of visual v are ``[v], [v+1]``. Visuals stand in the order of their
+            marks.
         sample_of_visual: (V,) int64, not decreasing.
         ids_L: int64 token ids of all samples one after the other, ``VISUAL_MARK`` where a visual stands.
         labels_L: int64, the token's own id where it is part of an answer (no shift), ``IGNORED`` elsewhere.
         answer_L: int64, index into ``answer_kinds`` where a label stands, -1 elsewhere.
         text_offsets: (B+1,) int64, the text of sample b is ``[b], [b+1]``.
-        row_of_sample: (B,) int64, row of the LLM batch; samples of one row are packed neighbours that never see each other.
+        row_of_sample: (B,) int64, row of the LLM batch; samples of one row are packed neighbours that never see each
+            other.
         keys: B sample keys, for messages and records.
         answer_kinds: the question type of each answer, "" where the data names none.
         questions: what each answer answers, for pictures and records.
@@ -78,13 +80,20 @@ class VideoBatch:
         _check_offsets(self.visual_offsets, len(self.frames_FCHW), f"{who}: visual_offsets and frames")
         _check_offsets(self.text_offsets, len(self.ids_L), f"{who}: text_offsets and ids")
         if self.frames_FCHW.dtype != torch.uint8 or self.frames_FCHW.ndim != 4:
-            raise ValueError(f"{who}: frames must be uint8 (F, C, H, W), got {self.frames_FCHW.dtype} {tuple(self.frames_FCHW.shape)}")
+            raise ValueError(
+                f"{who}: frames must be uint8 (F, C, H, W), got {self.frames_FCHW.dtype} "
+                f"{tuple(self.frames_FCHW.shape)}"
+            )
         if len(self.frame_time_s_F) != len(self.frames_FCHW):
             raise ValueError(f"{who}: {len(self.frame_time_s_F)} frame times for {len(self.frames_FCHW)} frames")
         if len(self.text_offsets) - 1 != self.num_samples or len(self.row_of_sample) != self.num_samples:
-            raise ValueError(f"{who}: {self.num_samples} keys, {len(self.text_offsets) - 1} texts, {len(self.row_of_sample)} rows")
+            raise ValueError(
+                f"{who}: {self.num_samples} keys, {len(self.text_offsets) - 1} texts, {len(self.row_of_sample)} rows"
+            )
         if not (len(self.ids_L) == len(self.labels_L) == len(self.answer_L)):
-            raise ValueError(f"{who}: {len(self.ids_L)} ids, {len(self.labels_L)} labels, {len(self.answer_L)} answer indices")
+            raise ValueError(
+                f"{who}: {len(self.ids_L)} ids, {len(self.labels_L)} labels, {len(self.answer_L)} answer indices"
+            )
         sample_L = torch.repeat_interleave(torch.arange(self.num_samples), self.text_offsets.diff())
         marks_B = torch.bincount(sample_L[self.ids_L == VISUAL_MARK], minlength=self.num_samples)
         visuals_B = torch.bincount(self.sample_of_visual, minlength=self.num_samples)

@@ -31,7 +31,9 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="crosslmm", description="Pack videos into shards, and ask trained runs about videos.")
+    parser = argparse.ArgumentParser(
+        prog="crosslmm", description="Pack videos into shards, and ask trained runs about videos."
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     pack = commands.add_parser("pack", help="write conversations and their videos into shards")
@@ -47,7 +49,13 @@ def _parser() -> argparse.ArgumentParser:
     ask.add_argument("video", type=Path)
     ask.add_argument("questions", nargs="+", metavar="question", help="several are one conversation")
     ask.add_argument("--run", dest="run_dir", type=Path, required=True, help="a folder that train.py wrote")
-    ask.add_argument("--allow", action="append", default=[], metavar="PREFIX", help="trust classes of this module in the run's config")
+    ask.add_argument(
+        "--allow",
+        action="append",
+        default=[],
+        metavar="PREFIX",
+        help="trust classes of this module in the run's config",
+    )
     ask.set_defaults(run=_ask)
     return parser
 
@@ -66,7 +74,10 @@ def _pack(arguments: argparse.Namespace) -> None:
     for key, reason in report.skipped:
         sys.stderr.write(f"skipped {key}: {reason}\n")
     mebibytes = report.num_bytes / 2**20
-    sys.stdout.write(f"{report.num_samples} conversations in {report.num_shards} shards, {mebibytes:.1f} MiB, in {arguments.out_dir}\n")
+    sys.stdout.write(
+        f"{report.num_samples} conversations in {report.num_shards} shards, {mebibytes:.1f} MiB, "
+        f"in {arguments.out_dir}\n"
+    )
 
 
 def _ask(arguments: argparse.Namespace) -> None:

@@ -12,7 +12,8 @@ def describe(model: CrossLMM, sampling: FrameSampling) -> list[str]:
         sampling: which moments of a video become frames.
 
     Returns:
-        Lines of text: parameters and trained parameters per role and in total, in millions and exactly, tied ones once; then what a
+        Lines of text: parameters and trained parameters per role and in total, in millions and exactly, tied ones once;
+            then what a
         frame and a clip cost in tokens.
     """
     counts = {role: [0, 0] for role in (*ROLES, "total")}
@@ -35,10 +36,15 @@ def _tokens(model: CrossLMM, sampling: FrameSampling) -> dict[str, str]:
     frames = sampling.num_frames or sampling.max_frames or 0
     most = "" if sampling.num_frames else "at most "
     side, config = model.encoder.image_size, model.llm.config
-    in_prompt = "as many pooled tokens as the pictures ask for" if pooled is None else f"{most}{frames * pooled:,} pooled tokens"
+    in_prompt = (
+        "as many pooled tokens as the pictures ask for"
+        if pooled is None
+        else f"{most}{frames * pooled:,} pooled tokens"
+    )
+    per_frame = "a varying number of" if pooled is None else pooled
     fused = ", ".join(map(str, model.fused_layers)) or "none"
     return {
-        "frame": f"{side}x{side} pixels, grid {rows}x{columns} = {source:,} source tokens, {pooled or 'a varying number of'} pooled",
+        "frame": f"{side}x{side} pixels, grid {rows}x{columns} = {source:,} source tokens, {per_frame} pooled",
         "clip": f"{most}{frames} frames, {frames * source:,} source tokens",
         "prompt": f"{in_prompt} and the text, in a context of {config.max_position_embeddings:,}",
         "LLM layers": f"{config.num_hidden_layers}, fused: {fused}",

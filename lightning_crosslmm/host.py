@@ -20,7 +20,8 @@ class HostLayer:
         head_norm: whether queries and keys are normalised per head (Qwen3 does).
         norm_eps: epsilon of the layer's RMSNorm.
         init_std: standard deviation that the LLM draws its own fresh matrices with.
-        weights: the layer's own tensors by the names ``norm.weight``, ``q_proj.weight``, ``q_proj.bias``, ``q_norm.weight``, ...
+        weights: the layer's own tensors by the names ``norm.weight``, ``q_proj.weight``, ``q_proj.bias``,
+            ``q_norm.weight``, ...
     """
 
     width: int

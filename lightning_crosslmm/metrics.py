@@ -15,8 +15,9 @@ from torchmetrics import MeanMetric, MetricCollection
 def answers_right(logits_YW: Tensor, target_Y: Tensor, answer_Y: Tensor, num_answers: int) -> Tensor:
     """Say which answers the model gets entirely right: every token of the answer, its end included, is the likeliest.
 
-    Greedy decoding reproduces an answer exactly when this holds: as long as every token so far was right, the model has the
-    right answer's beginning before it. So this is exact-match accuracy of greedy answers, at the price of one forward pass.
+    Greedy decoding reproduces an answer exactly when this holds: as long as every token so far was right, the model has
+    the right answer's beginning before it. So this is exact-match accuracy of greedy answers, at the price of one
+    forward pass.
 
     Args:
         logits_YW: one row per answer token.
@@ -34,8 +35,8 @@ def answers_right(logits_YW: Tensor, target_Y: Tensor, answer_Y: Tensor, num_ans
 class AnswerAccuracy(MetricCollection):
     """Accuracy over all answers and per question type, right across ranks.
 
-    Keys are ``accuracy`` and, where the data names types, ``accuracy/TYPE``. The types are fixed when it is made: each rank must hold the
-    same metrics, whichever types its own batches bring.
+    Keys are ``accuracy`` and, where the data names types, ``accuracy/TYPE``. The types are fixed when it is made: each
+    rank must hold the same metrics, whichever types its own batches bring.
 
     Args:
         kinds: question types of the data.

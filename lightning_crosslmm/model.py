@@ -1,12 +1,14 @@
 """CrossLMM: encoder, pooler, projector, placement, LLM and fusion, assembled.
 
 Axis letters:
-    F  frames    C H W  channels, pixel rows, pixel columns    N  patches per frame    S  source tokens    P  pooled tokens
+    F  frames    C H W  channels, pixel rows, pixel columns    N  patches per frame    S  source tokens
+    P  pooled tokens
     E  encoder width    D  LLM width    R T  rows and positions of the LLM batch    Y  predicted tokens    W  vocabulary
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +18,10 @@ from lightning_crosslmm.batch import VideoBatch
 from lightning_crosslmm.decoding import Decoding, Streamer
 from lightning_crosslmm.encoder import Encoder
 from lightning_crosslmm.errors import UserError
-from lightning_crosslmm.fusion import FrameTime, Fusion, FusionContext, Queries, Spans
+from lightning_crosslmm.fusion import FrameTime, Fusion, FusionContext
 from lightning_crosslmm.llm import host_layer, insert_block
 from lightning_crosslmm.llm.layers import enable_checkpointing, packed_mask
-from lightning_crosslmm.placement import Layout, place
+from lightning_crosslmm.placement import Layout, fusion_context, place
 from lightning_crosslmm.pooler import Pooler, Stage
 from lightning_crosslmm.tokens import TokenSet
 
@@ -116,17 +118,20 @@ class CrossLMM(nn.Module):
         timed = fusion.frame_time == "sinusoidal"
         std = llm.config.initializer_range
         self.frame_time = FrameTime(width, std) if timed else None
-        self.encoder_time = FrameTime(encoder.width, std) if timed and layers and fusion.key_source == "encoder" else None
+        self.encoder_time = (
+            FrameTime(encoder.width, std) if timed and layers and fusion.key_source == "encoder" else None
+        )
         self.fused_layers = tuple(layers)
 
     def encode(self, batch: VideoBatch) -> Visuals:
         """Encode, pool and project the visuals of a batch.
 
-        A training batch without any visual encodes one blank frame, so that every rank runs the same collectives and every
-        parameter has a gradient; what it gives is multiplied by 0.
+        A training batch without any visual encodes one blank frame, so that every rank runs the same collectives and
+        every parameter has a gradient; what it gives is multiplied by 0.
         """
         is_blank = len(batch.frames_FCHW) == 0
-        frames_FCHW, annotations = batch.frames_FCHW, (batch.visual_offsets, batch.sample_of_visual, batch.frame_time_s_F)
+        frames_FCHW = batch.frames_FCHW
+        annotations = (batch.visual_offsets, batch.sample_of_visual, batch.frame_time_s_F)
         if is_blank:
             side = self.encoder.image_size
             frames_FCHW = frames_FCHW.new_zeros(1, 3, side, side)
@@ -136,7 +141,7 @@ class CrossLMM(nn.Module):
         tokens = TokenSet.from_grid(patches_FNE, self.encoder.grid, *annotations)
         before = self.pooler.stage is Stage.BEFORE_PROJECTOR
         needs_source = bool(self.fused_layers) and self.fusion_settings.key_source == "projected"
-        projected = self._project(tokens) if needs_source or not before else None
+        projected = self._project(tokens) if needs_source or not before else tokens
         pooled = self._project(self.pooler(tokens)) if before else self.pooler(projected)
         source = projected if needs_source else self._timed(tokens, self.encoder_time)
         return Visuals(pooled, source, is_blank)
@@ -164,11 +169,11 @@ class CrossLMM(nn.Module):
         Raises:
             UserError: a row is longer than the LLM's context.
         """
-        device = self.llm.get_input_embeddings().weight.device
+        embed: Any = self.llm.get_input_embeddings()
+        device = embed.weight.device
         wants_visuals = len(batch.frames_FCHW) > 0 or self.training
         visuals = self.encode(batch) if wants_visuals else None
         layout = self._place(batch, visuals, pad_left)
-        embed = self.llm.get_input_embeddings()
         text_MD = embed(layout.text_ids_M.to(device, non_blocking=True))
         flat_PD = text_MD.new_zeros(layout.num_rows * layout.num_positions, text_MD.shape[-1])
         flat_PD = flat_PD.index_copy(0, layout.text_position.to(device), text_MD)
@@ -177,19 +182,26 @@ class CrossLMM(nn.Module):
         elif visuals is not None:
             pooled_PD = visuals.pooled.features_SD.to(text_MD.dtype)
             flat_PD = flat_PD.index_copy(0, layout.pooled_position_P.to(device), pooled_PD)
-        mask_RT = layout.sample_RT.to(device)
-        implementation = self.llm.config._attn_implementation
+        context = None
+        if visuals is not None and self.fused_layers:
+            context = fusion_context(layout, visuals.source, is_training=self.training, keeps_keys=keeps_keys)
+        sample_RT = layout.sample_RT.to(device)
+        mask = (sample_RT >= 0).long()
+        if layout.is_packed:
+            mask = packed_mask(sample_RT, self.llm.config._attn_implementation, text_MD.dtype)
         return Prompt(
             embeds_RTD=flat_PD.view(layout.num_rows, layout.num_positions, -1),
-            attention_mask=packed_mask(mask_RT, implementation, text_MD.dtype) if layout.is_packed else (mask_RT >= 0).long(),
+            attention_mask=mask,
             position_RT=layout.position_RT.to(device),
             layout=layout,
-            context=self._context(layout, visuals, keeps_keys),
+            context=context,
         )
 
     def _place(self, batch: VideoBatch, visuals: Visuals | None, pad_left: bool) -> Layout:
         if visuals is None or visuals.is_blank:
-            nothing = TokenSet.from_grid(torch.zeros(0, 1, 1), (1, 1), torch.tensor([0]), batch.sample_of_visual, torch.zeros(0))
+            nothing = TokenSet.from_grid(
+                torch.zeros(0, 1, 1), (1, 1), torch.tensor([0]), batch.sample_of_visual, torch.zeros(0)
+            )
             pooled = source = nothing
         else:
             pooled, source = visuals.pooled, visuals.source
@@ -201,25 +213,6 @@ class CrossLMM(nn.Module):
             window_frames=self.fusion_settings.window_frames,
             pad_left=pad_left,
             max_positions=self.llm.config.max_position_embeddings,
-        )
-
-    def _context(self, layout: Layout, visuals: Visuals | None, keeps_keys: bool) -> FusionContext | None:
-        if visuals is None or not self.fused_layers:
-            return None
-        source = visuals.source
-        source_SE, device = source.features_SD, source.features_SD.device
-        v2v = None if layout.v2v is None else Queries(layout.pooled_position_P.to(device), layout.v2v)
-        t2v = None if layout.t2v is None else Queries(layout.t2v_position.to(device), layout.t2v)
-        if self.training:  # a branch that nobody asks still takes part in the graph, with weight 0
-            blank = Queries(torch.zeros(1, dtype=torch.int64, device=device), _one_span(source.num_tokens), weight=0.0)
-            v2v, t2v = v2v or blank, t2v or blank
-        return FusionContext(
-            source_SE=source_SE,
-            v2v=v2v,
-            t2v=t2v,
-            row_spans=layout.row_spans,
-            prompt_length=layout.num_positions,
-            keys_values={} if keeps_keys else None,
         )
 
     def run(self, prompt: Prompt) -> Tensor:
@@ -236,8 +229,8 @@ class CrossLMM(nn.Module):
     def forward(self, batch: VideoBatch) -> Output:
         """Predict the answer tokens of a batch.
 
-        The head runs on positions that predict an answer and on no other: with a vocabulary of 152,000 it would otherwise cost
-        more memory than everything else.
+        The head runs on positions that predict an answer and on no other: with a vocabulary of 152,000 it would
+        otherwise cost more memory than everything else.
         """
         prompt = self.prompt(batch)
         hidden_RTD = self.run(prompt)
@@ -305,8 +298,3 @@ class CrossLMM(nn.Module):
         for name, parameter in self.named_parameters():
             counts[self.role_of(name)] += parameter.numel()
         return counts
-
-
-def _one_span(num_keys: int) -> Spans:
-    return Spans(torch.tensor([0, 1]), torch.tensor([0]), torch.tensor([num_keys]))
-

@@ -1,12 +1,11 @@
 """The LightningModule: training, validation, testing and prediction around `CrossLMM`."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
 
 import lightning
 import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
-from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_crosslmm.batch import VideoBatch, prompts_for
 from lightning_crosslmm.decoding import Decoding
@@ -22,8 +21,8 @@ from lightning_crosslmm.text import Tokenizer, decode_answer, end_of_turn_id
 class CrossLMMModule(lightning.LightningModule):
     """Hooks only: what is computed lives in the parts it calls.
 
-    Logs ``train/loss`` and ``train/accuracy`` per step, ``val/...`` and ``test/...`` per epoch: ``loss`` in nats per answer token,
-    ``accuracy`` and ``accuracy/TYPE`` as shares of answers that are right to the last token.
+    Logs ``train/loss`` and ``train/accuracy`` per step, ``val/...`` and ``test/...`` per epoch: ``loss`` in nats per
+    answer token, ``accuracy`` and ``accuracy/TYPE`` as shares of answers that are right to the last token.
 
     Args:
         model: the network.
@@ -48,22 +47,25 @@ class CrossLMMModule(lightning.LightningModule):
         optim.freeze(model)
         if gradient_checkpointing:
             model.gradient_checkpointing_enable()
-        self.val_accuracy = AnswerAccuracy(answer_kinds)
-        self.test_accuracy = self.val_accuracy.clone()
+        kinds = tuple(answer_kinds)
+        self.val_accuracy, self.test_accuracy = AnswerAccuracy(kinds), AnswerAccuracy(kinds)
         # pretrained parts come in evaluation mode, where nothing is checkpointed, and Lightning would keep it
         self.train()
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         """Build the optimizer and a schedule over ``trainer.max_steps``.
 
         Raises:
-            UserError: the trainer has no number of steps; asking Lightning to estimate it would lose the data's position on resume.
+            UserError: the trainer has no number of steps; asking Lightning to estimate it would lose the data's
+                position on resume.
         """
         optimizer = self.optim.optimizer(self.model)
         total_steps = self.trainer.max_steps
         if total_steps < 1:
-            raise UserError(f"trainer.max_steps is {total_steps}; the schedule needs a number of optimizer steps, 1 or more")
-        schedule: LRScheduler = self.optim.scheduler(optimizer, total_steps)
+            raise UserError(
+                f"trainer.max_steps is {total_steps}; the schedule needs a number of optimizer steps, 1 or more"
+            )
+        schedule = self.optim.scheduler(optimizer, total_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def training_step(self, batch: VideoBatch, batch_index: int) -> Tensor:
@@ -118,7 +120,11 @@ class CrossLMMModule(lightning.LightningModule):
             limit: at most so many.
         """
         sample_L = torch.repeat_interleave(torch.arange(batch.num_samples), batch.text_offsets.diff())
-        first = {int(sample): int(answer) for sample, answer in zip(sample_L.flip(0), batch.answer_L.flip(0), strict=True) if answer >= 0}
+        first = {
+            int(sample): int(answer)
+            for sample, answer in zip(sample_L.flip(0), batch.answer_L.flip(0), strict=True)
+            if answer >= 0
+        }
         chosen = [first[sample] for sample in sorted(first)][:limit]
         if not chosen:
             return []
@@ -139,7 +145,9 @@ class CrossLMMModule(lightning.LightningModule):
         for start in range(0, len(answers), per_call):
             chosen = answers[start : start + per_call]
             prompts = prompts_for(batch, chosen)
-            rows = self.model.generate(prompts, self.decoding, stop_id=stop_id, pad_id=stop_id if pad_id is None else pad_id)
+            rows = self.model.generate(
+                prompts, self.decoding, stop_id=stop_id, pad_id=stop_id if pad_id is None else pad_id
+            )
             for number, (answer, row) in enumerate(zip(chosen, rows, strict=True)):
                 expected = decode_answer(self.tokenizer, batch.labels_L[batch.answer_L == answer].tolist())
                 yield prompts.keys[number], batch.questions[answer], decode_answer(self.tokenizer, row), expected

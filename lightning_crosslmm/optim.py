@@ -14,7 +14,8 @@ from lightning_crosslmm.model import ROLES, CrossLMM
 class OptimSettings:
     """AdamW with a learning rate per role and warm-up, then cosine decay (after an optional constant stretch).
 
-    ``factor(s) = s/warm-up`` at first, 1 until the decay starts, then ``end + (1 - end) (1 + cos(pi p)) / 2`` with p from 0 to 1.
+    ``factor(s) = s/warm-up`` at first, 1 until the decay starts, then ``end + (1 - end) (1 + cos(pi p)) / 2`` with p
+    from 0 to 1.
 
     Source: CrossLMM, arXiv:2505.17020v1, Table 3, for the learning rates of the two stages (see conf/experiment).
     Differs: optimizer, schedule, warm-up and decay are not given there; these are LLaVA-NeXT's habits.
@@ -96,5 +97,3 @@ class OptimSettings:
     def scheduler(self, optimizer: Optimizer, total_steps: int) -> LambdaLR:
         """Build the schedule for a run of `total_steps` optimizer steps."""
         return LambdaLR(optimizer, lambda step: self.factor(step, total_steps))
-
-

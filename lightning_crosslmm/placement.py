@@ -3,7 +3,8 @@
 All of it is arithmetic on counts, done on the CPU before the LLM runs; the model gets index tensors.
 
 Axis letters:
-    B  samples    V  visuals    L  text tokens with marks    M  slots: text tokens and pooled tokens, all samples one after the other
+    B  samples    V  visuals    L  text tokens with marks
+    M  slots: text tokens and pooled tokens, all samples one after the other
     R T  rows and positions of the LLM batch    P  pooled tokens    Y  predicted tokens    G  groups of queries
 """
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from lightning_crosslmm.batch import IGNORED, VISUAL_MARK, VideoBatch
 from lightning_crosslmm.errors import UserError
-from lightning_crosslmm.fusion import Spans
+from lightning_crosslmm.fusion import FusionContext, Queries, Spans
 from lightning_crosslmm.tokens import TokenSet
 
 
@@ -70,8 +71,8 @@ def place(
     """Lay a batch out in rows and say who sees which source tokens.
 
     Source: CrossLMM, arXiv:2505.17020v1, section 3.1 (I = [V; T]) and 3.3; Eqs. (6), (9) for what is read.
-    Differs: the paper describes one video before the text. Here marks stand anywhere, and a text token sees only what was marked
-        before it in its own sample, so that interleaved and packed samples leak nothing.
+    Differs: the paper describes one video before the text. Here marks stand anywhere, and a text token sees only what
+        was marked before it in its own sample, so that interleaved and packed samples leak nothing.
 
     Args:
         batch: samples with marks.
@@ -95,15 +96,9 @@ def place(
     slots_B = torch.bincount(sample_M, minlength=batch.num_samples)
     flat_M, position_M, num_rows, num_positions = _positions(batch, slots_B, sample_M, pad_left)
     if max_positions is not None and num_positions > max_positions:
-        longest = int(slots_B.argmax())
-        raise UserError(
-            f"sample '{batch.keys[longest]}' makes a row of {num_positions} tokens, the LLM's context is {max_positions}; "
-            "use fewer frames (data.sampling), a smaller pooler grid, or a shorter text"
-        )
-    sample_RT = torch.full((num_rows * num_positions,), -1)
-    sample_RT[flat_M] = sample_M
-    position_RT = torch.zeros(num_rows * num_positions, dtype=torch.int64)
-    position_RT[flat_M] = position_M
+        raise _too_long(batch.keys[int(slots_B.argmax())], num_positions, max_positions)
+    sample_RT = torch.full((num_rows * num_positions,), -1).index_copy(0, flat_M, sample_M)
+    position_RT = torch.zeros_like(sample_RT).index_copy(0, flat_M, position_M)
 
     label_M = torch.where(is_pooled_M, IGNORED, batch.labels_L[slot_of_M])
     label_slot_Y = (label_M != IGNORED).nonzero().flatten()
@@ -125,6 +120,13 @@ def place(
         t2v=t2v,
         row_spans=_row_spans(batch, source, num_rows),
         is_packed=num_rows < batch.num_samples,
+    )
+
+
+def _too_long(key: str, num_positions: int, max_positions: int) -> UserError:
+    return UserError(
+        f"sample '{key}' makes a row of {num_positions} tokens, the LLM's context is {max_positions}; "
+        "use fewer frames (data.sampling), a smaller pooler grid, or a shorter text"
     )
 
 
@@ -169,7 +171,8 @@ def pooled_ranges(pooled: TokenSet, source: TokenSet, scope: str, window_frames:
     Args:
         pooled: pooled tokens.
         source: source tokens of the same visuals and frames.
-        scope: ``all`` frames of the visual, its own ``frame``, or a ``window`` of `window_frames` to either side, cut at the visual's ends.
+        scope: ``all`` frames of the visual, its own ``frame``, or a ``window`` of `window_frames` to either side, cut
+            at the visual's ends.
         window_frames: see `scope`.
 
     Returns:
@@ -190,12 +193,39 @@ def pooled_ranges(pooled: TokenSet, source: TokenSet, scope: str, window_frames:
     return Spans(_offsets(count_G[asks_G]), start_G[asks_G], end_G[asks_G]) if asks_G.any() else None
 
 
+def fusion_context(layout: Layout, source: TokenSet, *, is_training: bool, keeps_keys: bool) -> FusionContext:
+    """Write for the fused layers who reads which source tokens.
+
+    Args:
+        layout: of the batch.
+        source: its source tokens.
+        is_training: a branch that nobody asks still takes part in the graph, with weight 0.
+        keeps_keys: as in `CrossLMM.prompt`.
+    """
+    device = source.features_SD.device
+    v2v = None if layout.v2v is None else Queries(layout.pooled_position_P.to(device), layout.v2v)
+    t2v = None if layout.t2v is None else Queries(layout.t2v_position.to(device), layout.t2v)
+    if is_training:
+        everything = Spans(torch.tensor([0, 1]), torch.tensor([0]), torch.tensor([source.num_tokens]))
+        blank = Queries(torch.zeros(1, dtype=torch.int64, device=device), everything, weight=0.0)
+        v2v, t2v = v2v or blank, t2v or blank
+    return FusionContext(
+        source_SE=source.features_SD,
+        v2v=v2v,
+        t2v=t2v,
+        row_spans=layout.row_spans,
+        prompt_length=layout.num_positions,
+        keys_values={} if keeps_keys else None,
+    )
+
+
 def _row_spans(batch: VideoBatch, source: TokenSet, num_rows: int) -> tuple[tuple[int, int] | None, ...]:
     spans: list[tuple[int, int] | None] = [None] * num_rows
     offsets = source.token_offsets_of_visual.tolist()
     for visual, sample in enumerate(batch.sample_of_visual.tolist()):
         row = int(batch.row_of_sample[sample])
-        spans[row] = (offsets[visual] if spans[row] is None else spans[row][0], offsets[visual + 1])
+        before = spans[row]
+        spans[row] = (offsets[visual] if before is None else before[0], offsets[visual + 1])
     return tuple(spans)
 
 

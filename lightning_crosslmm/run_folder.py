@@ -65,8 +65,8 @@ def choose_checkpoint(
         run_dir: folder of the run.
         resume: checkpoint or run folder whose training goes on; only for ``fit``.
         init_from: weights to start a new training from; only for ``fit``.
-        ckpt: checkpoint or run folder to measure; for ``validate``, ``test`` and ``predict``. Without it ``run_dir``'s own is taken,
-            the best one before the last one.
+        ckpt: checkpoint or run folder to measure; for ``validate``, ``test`` and ``predict``. Without it ``run_dir``'s
+            own is taken, the best one before the last one.
 
     Returns:
         The checkpoint, or None for a training from the start and for a description.

@@ -37,15 +37,25 @@ _PLACEHOLDER = re.compile("\ue000([0-9]+)\ue001")
 class Turn(Protocol):
     """One message: who speaks (``system``, ``user`` or ``assistant``) and what."""
 
-    role: str
-    content: str
+    @property
+    def role(self) -> str:
+        """Who speaks."""
+
+    @property
+    def content(self) -> str:
+        """What is said."""
 
 
 class Turns(Protocol):
     """What is read of a conversation."""
 
-    key: str
-    messages: Sequence[Turn]
+    @property
+    def key(self) -> str:
+        """Name of the sample."""
+
+    @property
+    def messages(self) -> Sequence[Turn]:
+        """Its messages in order."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +77,8 @@ def load_tokenizer(name: str) -> Tokenizer:
     """Load a tokenizer.
 
     Args:
-        name: ``byte`` for the one built here, a local folder, or the hub's ``organisation/name``.
+        name: ``byte`` for the one built here, ``byte:red,blue`` for the same with whole words beside the bytes, a local
+            folder, or the hub's ``organisation/name``.
 
     Returns:
         The tokenizer; no code that comes with it is run.
@@ -75,8 +86,8 @@ def load_tokenizer(name: str) -> Tokenizer:
     Raises:
         UserError: nothing of that name can be loaded.
     """
-    if name == "byte":
-        return _byte_tokenizer()
+    if name.partition(":")[0] == "byte":
+        return _byte_tokenizer(tuple(filter(None, name.partition(":")[2].split(","))))
     is_folder = Path(name).is_dir()
     if not is_folder and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
         raise UserError(
@@ -148,7 +159,7 @@ def decode_answer(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
     """Turn generated ids into the answer's text: up to the end of the turn, without special tokens."""
     stops = {end_of_turn_id(tokenizer), tokenizer.eos_token_id}
     length = next((place for place, token in enumerate(ids) if token in stops), len(ids))
-    return tokenizer.decode(list(ids[:length]), skip_special_tokens=True).strip()
+    return str(tokenizer.decode(list(ids[:length]), skip_special_tokens=True)).strip()
 
 
 class TextStreamer:
@@ -177,7 +188,7 @@ class TextStreamer:
         self._say(decode_answer(self._tokenizer, self._ids)[self._said :] + "\n")
 
 
-def _byte_tokenizer() -> PreTrainedTokenizerFast:
+def _byte_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = tokenizers.Tokenizer(
         models.BPE(vocab={letter: number for number, letter in enumerate(alphabet)}, merges=[])
@@ -185,6 +196,8 @@ def _byte_tokenizer() -> PreTrainedTokenizerFast:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in _BYTE_SPECIALS])
+    # as a vocabulary learned from text would have them; an unknown word is still its bytes
+    backend.add_tokens([AddedToken(word, single_word=True, normalized=False) for word in words])
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, pad_token="<|pad|>", eos_token="<|end|>", chat_template=_BYTE_TEMPLATE
     )
@@ -230,7 +243,7 @@ def _first_complete(roles: tuple[str, ...]) -> int:
 def _render(tokenizer: Tokenizer, roles: tuple[str, ...]) -> str:
     messages = [{"role": role, "content": f"\ue000{number}\ue001"} for number, role in enumerate(roles)]
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False)
+        return str(tokenizer.apply_chat_template(messages, tokenize=False))
     except Exception as error:  # a template is its author's code: it may raise anything
         raise UserError(
             f"tokenizer '{tokenizer.name_or_path}': its chat template cannot render roles {', '.join(roles)}: {error}"

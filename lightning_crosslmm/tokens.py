@@ -1,12 +1,14 @@
 """Token sets: what flows between encoder, pooler, projector and fusion.
 
-A token set is packed (all tokens of a batch one after the other), annotated and possibly ragged. Padded and grid forms are
-views made on demand. Boundaries live on the CPU, so that the layout of a batch is known without asking the accelerator.
+A token set is packed (all tokens of a batch one after the other), annotated and possibly ragged. Padded and grid forms
+are views made on demand. Boundaries live on the CPU, so that the layout of a batch is known without asking the
+accelerator.
 
 Axis letters:
     S  tokens of the set, all samples together      D  width
     F  frames of all visuals                        V  visuals (videos and images)
-    N  tokens of one frame                          E  entries of a weighted map                    M J  middle tokens and joined entries of two chained maps
+    N  tokens of one frame                          E  entries of a weighted map
+    M J  middle tokens and joined entries of two chained maps
 """
 
 from dataclasses import dataclass, replace
@@ -218,7 +220,9 @@ class TokenSet:
             ValueError: the tokens no longer form a regular grid.
         """
         if self.grid is None:
-            raise ValueError("these tokens no longer form a regular grid; a grid pooler must come before an irregular one")
+            raise ValueError(
+                "these tokens no longer form a regular grid; a grid pooler must come before an irregular one"
+            )
         return self.features_SD.view(self.num_frames, *self.grid, self.features_SD.shape[-1])
 
     def padded(self) -> tuple[Tensor, Tensor]:

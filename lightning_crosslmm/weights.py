@@ -12,7 +12,8 @@ from lightning_crosslmm.model import ROLES, CrossLMM
 def load_weights(model: CrossLMM, path: Path, whole: bool = False) -> dict[str, list[str]]:
     """Take the weights of an earlier run, for a new training (the second stage, for one).
 
-    Fusion may be new: parameters of that role that the checkpoint lacks keep their start. Everything else must be there.
+    Fusion may be new: parameters of that role that the checkpoint lacks keep their start. Everything else must be
+        there.
 
     Args:
         model: the model to fill.
@@ -23,7 +24,8 @@ def load_weights(model: CrossLMM, path: Path, whole: bool = False) -> dict[str, 
         Names that kept their start, by role.
 
     Raises:
-        UserError: not a checkpoint, or one of another configuration; lists what is missing, unexpected or of another shape, by role.
+        UserError: not a checkpoint, or one of another configuration; lists what is missing, unexpected or of another
+            shape, by role.
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]

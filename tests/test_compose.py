@@ -115,7 +115,8 @@ def test_a_folder_without_train_yaml_and_a_broken_one_are_named(tmp_path: Path, 
 
 
 def test_command_line_checks_every_job_of_a_sweep(conf_dir: Path) -> None:
-    check_command_line(conf_dir, ["-m", "pooler=average,max", "seed=range(3)", "optim.betas=[0.9,0.95]"])
+    jobs = check_command_line(conf_dir, ["-m", "pooler=average,max", "seed=range(3)", "optim.betas=[0.9,0.95]"])
+    assert [(job.pooler.window, job.seed) for job in jobs] == [(window, seed) for window in (9, 3) for seed in range(3)]
     with pytest.raises(UserError, match="pooler=mx: pooler has no arm 'mx'; did you mean 'max'"):
         check_command_line(conf_dir, ["--multirun", "pooler=average,mx"])
     with pytest.raises(UserError, match="seed=1,2: several values; add -m"):
@@ -131,7 +132,7 @@ def test_command_line_tells_what_must_be_given(conf_dir: Path) -> None:
 
 
 def test_other_flags_of_hydra_are_left_to_it(conf_dir: Path) -> None:
-    check_command_line(conf_dir, ["--cfg", "job"])
+    assert check_command_line(conf_dir, ["--cfg", "job"]) == []
 
 
 def test_instantiate_builds_plain_arguments_inside_out() -> None:

@@ -51,6 +51,7 @@ def test_what_starts_from_which_checkpoint(tmp_path: Path) -> None:
     assert choose_checkpoint("fit", new, None, "weights.safetensors", None) is None
     assert choose_checkpoint("fit", run, str(run), None, None) == last
     assert choose_checkpoint("test", run, None, None, None) == last
+    assert choose_checkpoint("describe", run, None, None, None) is None
     assert choose_checkpoint("predict", new, None, None, str(last)) == last
 
 
@@ -60,6 +61,8 @@ def test_what_starts_from_which_checkpoint(tmp_path: Path) -> None:
         ("fti", {}, ["mode=fti", "fit, validate, test, predict", "did you mean 'fit'?"]),
         ("test", {"resume": "x"}, ["resume=x", "mode=test", "ckpt=PATH"]),
         ("predict", {"init_from": "x"}, ["init_from=x", "mode=predict"]),
+        ("describe", {"ckpt": "x"}, ["ckpt=x", "mode=describe reads no weights"]),
+        ("describe", {"init_from": "x"}, ["init_from=x", "mode=describe reads no weights"]),
         ("fit", {"ckpt": "x"}, ["ckpt=x", "resume=PATH", "init_from=PATH"]),
         ("fit", {"resume": "x", "init_from": "y"}, ["resume=x", "init_from=y"]),
         ("fit", {"resume": "nowhere"}, ["resume=nowhere", "no such file or folder"]),

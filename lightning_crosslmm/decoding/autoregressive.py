@@ -76,7 +76,8 @@ class Decoding:
         if room < self.max_new_tokens:
             raise UserError(
                 f"a prompt of {embeds_RTD.shape[1]} tokens leaves room for {room} in the LLM's context of "
-                f"{llm.config.max_position_embeddings}, decoding.max_new_tokens is {self.max_new_tokens}; shorten one of them"
+                f"{llm.config.max_position_embeddings}, "
+                f"decoding.max_new_tokens is {self.max_new_tokens}; shorten one of them"
             )
         if streamer is not None and len(embeds_RTD) > 1:
             raise UserError(f"streaming takes one question at a time, got {len(embeds_RTD)}")
@@ -88,10 +89,11 @@ class Decoding:
         )
         extra = {} if context is None else {"fusion": context}
         # generate fills what we leave open from the checkpoint's own settings, which must not decide a measurement
-        own, llm.generation_config = llm.generation_config, GenerationConfig()
+        model: Any = llm
+        own, model.generation_config = model.generation_config, GenerationConfig()
         try:
             with torch.no_grad():
-                return llm.generate(
+                return model.generate(
                     inputs_embeds=embeds_RTD,
                     attention_mask=attention_mask_RT,
                     generation_config=settings,
@@ -99,7 +101,7 @@ class Decoding:
                     **extra,
                 )
         finally:
-            llm.generation_config = own
+            model.generation_config = own
 
 
 class Greedy(Decoding):
@@ -131,7 +133,8 @@ class Sampling(Decoding):
         super().__init__(max_new_tokens)
         if temperature <= 0 or not 0 < top_p <= 1 or top_k < 0:
             raise UserError(
-                f"decoding.temperature {temperature} must be above 0, decoding.top_p {top_p} in (0, 1], decoding.top_k {top_k} 0 or more"
+                f"decoding.temperature {temperature} must be above 0, "
+                f"decoding.top_p {top_p} in (0, 1], decoding.top_k {top_k} 0 or more"
             )
         self.temperature, self.top_p, self.top_k = temperature, top_p, top_k
 

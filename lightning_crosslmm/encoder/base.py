@@ -29,6 +29,8 @@ class Encoder(nn.Module):
 
     width: int
     grid: tuple[int, int]
+    mean_C11: Tensor
+    std_C11: Tensor
 
     def __init__(self, image_size: int, mean: Sequence[float], std: Sequence[float], frames_per_chunk: int) -> None:
         super().__init__()
@@ -80,5 +82,7 @@ def block_number(layer: int, num_blocks: int) -> int:
         UserError: the tower has no such block.
     """
     if not -num_blocks <= layer < num_blocks:
-        raise UserError(f"encoder.layer is {layer}; this tower has blocks 0 to {num_blocks - 1} (or -{num_blocks} to -1)")
+        raise UserError(
+            f"encoder.layer is {layer}; this tower has blocks 0 to {num_blocks - 1} (or -{num_blocks} to -1)"
+        )
     return layer % num_blocks

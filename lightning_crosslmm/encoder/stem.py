@@ -49,11 +49,15 @@ class ConvStem(nn.Module):
                 f"encoder.stem=conv with encoder.config.patch_size {patch_size} and encoder.image_size {img_size}: "
                 "the patch size must be 4, 8, 16 or 32 and divide the image size"
             )
-        place = {"device": device, "dtype": dtype}
+        place: dict[str, Any] = {"device": device, "dtype": dtype}
         widths = [in_chans] + [max(8, embed_dim // 2 ** (steps - number)) for number in range(1, steps + 1)]
         layers: list[nn.Module] = []
         for narrow, wide in zip(widths, widths[1:], strict=False):
-            layers += [nn.Conv2d(narrow, wide, 3, stride=2, padding=1, **place), nn.GroupNorm(1, wide, **place), nn.GELU()]
+            layers += [
+                nn.Conv2d(narrow, wide, 3, stride=2, padding=1, **place),
+                nn.GroupNorm(1, wide, **place),
+                nn.GELU(),
+            ]
         self.layers = nn.Sequential(*layers, nn.Conv2d(widths[-1], embed_dim, 1, **place))
         side = img_size // patch_size
         self.grid_size, self.num_patches = (side, side), side * side

@@ -15,7 +15,7 @@ from transformers import AutoConfig, CLIPVisionConfig, CLIPVisionModel, SiglipVi
 from lightning_crosslmm.encoder.base import Encoder, block_number
 from lightning_crosslmm.errors import UserError, nearest
 
-_TOWERS = {
+_TOWERS: dict[str, tuple[Any, Any]] = {
     "siglip_vision_model": (SiglipVisionConfig, SiglipVisionModel),
     "clip_vision_model": (CLIPVisionConfig, CLIPVisionModel),
 }
@@ -25,13 +25,14 @@ class TransformersEncoder(Encoder):
     """Read source tokens from a layer of a SigLIP, SigLIP2 or CLIP vision tower.
 
     Source: CrossLMM, arXiv:2505.17020v1, section 4.1: SigLIP2 at 384 px, 27x27 = 729 tokens per frame.
-    Differs: the layer is not given there; `layer` = -2 (26 of 27) and no final norm is what LLaVA-NeXT's code, on which the
-        authors say theirs is built, does with SigLIP, and it fits the FLOPs of their Fig. 4.
+    Differs: the layer is not given there; `layer` = -2 (26 of 27) and no final norm is what LLaVA-NeXT's code, on which
+        the authors say theirs is built, does with SigLIP, and it fits the FLOPs of their Fig. 4.
 
     Args:
-        weights: a folder or hub name whose vision tower is loaded; None starts from random weights. Not loaded on the meta device.
-        config: geometry of the tower (``model_type``, ``hidden_size``, ...). Beside `weights` it is a claim: an entry that the
-            checkpoint contradicts is refused.
+        weights: a folder or hub name whose vision tower is loaded; None starts from random weights. Not loaded on the
+            meta device.
+        config: geometry of the tower (``model_type``, ``hidden_size``, ...). Beside `weights` it is a claim: an entry
+            that the checkpoint contradicts is refused.
         image_size: pixels per side.
         mean: per channel, on the 0..1 scale. SigLIP's are 0.5.
         std: per channel, on the 0..1 scale.
@@ -69,8 +70,8 @@ class TransformersEncoder(Encoder):
         norm = body.post_layernorm
         # SigLIP norms every token on its way out, CLIP only its class token: norm here, in one place for both
         body.post_layernorm = nn.Identity()
-        self.final_norm = norm if final_norm else nn.Identity()
-        self.tower = tower
+        self.final_norm: nn.Module = norm if final_norm else nn.Identity()
+        self.tower: Any = tower
         self.width = tower.config.hidden_size
         side = tower.config.image_size // tower.config.patch_size
         self.grid = (side, side)
@@ -83,14 +84,18 @@ class TransformersEncoder(Encoder):
     def gradient_checkpointing_enable(self) -> None:
         """Recompute the tower's layers in the backward pass."""
         # transformers renamed it within version 5 and warns at the old name
-        enable = getattr(self.tower, "activation_checkpointing_enable", None) or self.tower.gradient_checkpointing_enable
+        enable = (
+            getattr(self.tower, "activation_checkpointing_enable", None) or self.tower.gradient_checkpointing_enable
+        )
         enable({"use_reentrant": False})
 
 
-def _build_tower(config: Mapping[str, Any], weights: str | None, attention: str) -> nn.Module:
+def _build_tower(config: Mapping[str, Any], weights: str | None, attention: str) -> Any:
     kind = config.get("model_type", "")
     if kind not in _TOWERS:
-        raise UserError(f"encoder.config.model_type is '{kind}'; right are {', '.join(_TOWERS)}{nearest(str(kind), _TOWERS)}")
+        raise UserError(
+            f"encoder.config.model_type is '{kind}'; right are {', '.join(_TOWERS)}{nearest(str(kind), _TOWERS)}"
+        )
     config_class, tower_class = _TOWERS[kind]
     claimed = {key: value for key, value in config.items() if key != "model_type"}
     unknown = sorted(set(claimed) - set(config_class().to_dict()))
@@ -103,10 +108,15 @@ def _build_tower(config: Mapping[str, Any], weights: str | None, attention: str)
     try:
         found = AutoConfig.from_pretrained(weights)
         found = getattr(found, "vision_config", found)
-        for key, value in config.items():  # model_type first of all: another tower would load with half its weights random
+        # model_type first of all: another tower would load with half its weights random
+        for key, value in config.items():
             has = getattr(found, key, None)
             if has != value:
-                raise UserError(f"encoder.config.{key} is {value}, but the checkpoint in encoder.weights '{weights}' has {has}")
+                raise UserError(
+                    f"encoder.config.{key} is {value}, but the checkpoint in encoder.weights '{weights}' has {has}"
+                )
         return tower_class.from_pretrained(weights, attn_implementation=attention)
     except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"encoder.weights '{weights}' is no checkpoint folder or hub name of a {kind}: {error}") from error
+        raise UserError(
+            f"encoder.weights '{weights}' is no checkpoint folder or hub name of a {kind}: {error}"
+        ) from error

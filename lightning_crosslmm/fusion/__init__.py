@@ -1,8 +1,17 @@
-"""Fusion: how LLM layers read source tokens. V2V lets pooled tokens do it, T2V text tokens; `none` leaves the LLM as it was."""
+"""Fusion: how LLM layers read source tokens. V2V lets pooled tokens do it, T2V text tokens; `none` neither."""
 
 from lightning_crosslmm.fusion.attention import Spans, choose_backend, cross_attention
 from lightning_crosslmm.fusion.block import FusionBlock
 from lightning_crosslmm.fusion.context import FusionContext, Queries
 from lightning_crosslmm.fusion.plan import FrameTime, Fusion
 
-__all__ = ["FrameTime", "Fusion", "FusionBlock", "FusionContext", "Queries", "Spans", "choose_backend", "cross_attention"]
+__all__ = [
+    "FrameTime",
+    "Fusion",
+    "FusionBlock",
+    "FusionContext",
+    "Queries",
+    "Spans",
+    "choose_backend",
+    "cross_attention",
+]

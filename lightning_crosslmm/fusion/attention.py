@@ -1,7 +1,8 @@
 """Cross-attention from packed queries to ranges of packed keys: one function, several backends.
 
-Query group g (consecutive queries) attends to keys ``[key_start[g], key_end[g])`` and to nothing else. Ranges may overlap, so an
-interleaved conversation and a sliding window of frames need no mask, and neighbours in a packed row cannot see each other.
+Query group g (consecutive queries) attends to keys ``[key_start[g], key_end[g])`` and to nothing else. Ranges may
+overlap, so an interleaved conversation and a sliding window of frames need no mask, and neighbours in a packed row
+cannot see each other.
 
 Axis letters:
     Q  queries, all groups together    S  keys, all visuals together      G  groups
@@ -13,6 +14,7 @@ import functools
 import importlib.util
 import logging
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -115,7 +117,9 @@ def _make_bucket(spans: Spans, group_g: Tensor, num_keys: int, device: torch.dev
     return _Bucket(query_gq.to(device), keep, num_keys, int(start_g[0]), step, key_gn)
 
 
-def cross_attention(query_QHK: Tensor, key_SAK: Tensor, value_SAK: Tensor, spans: Spans, backend: str = "auto") -> Tensor:
+def cross_attention(
+    query_QHK: Tensor, key_SAK: Tensor, value_SAK: Tensor, spans: Spans, backend: str = "auto"
+) -> Tensor:
     """Attend from each query to its group's range of keys: ``softmax(q k^T / sqrt(K)) v``.
 
     Source: CrossLMM, arXiv:2505.17020v1, Eqs. (6) and (9), the attention term.
@@ -125,7 +129,8 @@ def cross_attention(query_QHK: Tensor, key_SAK: Tensor, value_SAK: Tensor, spans
         key_SAK: packed keys, same dtype and device.
         value_SAK: packed values, same shape as the keys.
         spans: which keys each group of queries reads; together the groups cover all Q queries.
-        backend: ``sdpa`` (any device), ``varlen`` or ``xformers`` (CUDA, half precision), ``reference`` (plain, float32) or ``auto``.
+        backend: ``sdpa`` (any device), ``varlen`` or ``xformers`` (CUDA, half precision), ``reference`` (plain,
+            float32) or ``auto``.
 
     Returns:
         (Q, H, K), dtype of the queries.
@@ -144,8 +149,8 @@ def cross_attention(query_QHK: Tensor, key_SAK: Tensor, value_SAK: Tensor, spans
 def choose_backend(device_type: str, dtype: torch.dtype, head_width: int) -> str:
     """Choose what `auto` means for a device and dtype, and log it once.
 
-    On the CPU sdpa is the only one that runs. On CUDA the variable-length kernel reads ragged groups without padding; it takes half
-    precision and heads of at most 256 channels that are a multiple of 8, anything else goes to sdpa.
+    On the CPU sdpa is the only one that runs. On CUDA the variable-length kernel reads ragged groups without padding;
+    it takes half precision and heads of at most 256 channels that are a multiple of 8, anything else goes to sdpa.
     """
     half = dtype in (torch.float16, torch.bfloat16)
     fits = device_type == "cuda" and half and head_width % 8 == 0 and head_width <= 256
@@ -221,7 +226,8 @@ def _varlen(query_QHK: Tensor, key_SAK: Tensor, value_SAK: Tensor, spans: Spans)
     if repeat > 1:  # the kernel's own grouping is younger than torch 2.11
         key, value = key.repeat_interleave(repeat, dim=1), value.repeat_interleave(repeat, dim=1)
     bounds = (plan.cumulative_queries, plan.cumulative_keys, plan.most_queries, plan.most_keys)
-    return varlen_attn(query_QHK.contiguous(), key.contiguous(), value.contiguous(), *bounds)
+    attended_QHK: Any = varlen_attn(query_QHK.contiguous(), key.contiguous(), value.contiguous(), *bounds)
+    return attended_QHK
 
 
 def _xformers(query_QHK: Tensor, key_SAK: Tensor, value_SAK: Tensor, spans: Spans) -> Tensor:

@@ -20,9 +20,9 @@ class Gate(nn.Module):
     """Scale an update by a learned factor in (-1, 1): ``tanh(a) * x``.
 
     Source: CrossLMM, arXiv:2505.17020v1, Eqs. (7), (10): gamma in [-1, 1]; Fig. 3 labels it tanh gating.
-    Differs: neither form nor start is given. A scalar per branch and layer that starts at 0 is the convention of Flamingo and Mllama and
-        leaves a pretrained LLM undisturbed; a model trained from scratch wants it open, because at 0 the gate and what it guards wait
-        for each other's gradient.
+    Differs: neither form nor start is given. A scalar per branch and layer that starts at 0 is the convention of
+        Flamingo and Mllama and leaves a pretrained LLM undisturbed; a model trained from scratch wants it open, because
+        at 0 the gate and what it guards wait for each other's gradient.
 
     Args:
         kind: ``scalar``, ``channel`` (one factor per channel of the LLM) or ``none`` (always 1).
@@ -38,7 +38,10 @@ class Gate(nn.Module):
         if kind not in ("scalar", "channel", "none"):
             raise UserError(f"fusion.gate is '{kind}'; right are scalar, channel, none")
         if not -1 < init < 1:
-            raise UserError(f"fusion.gate_init is {init}; it is the gate's factor itself and must lie between -1 and 1, ends excluded")
+            raise UserError(
+                f"fusion.gate_init is {init}; it is the gate's factor itself and must lie between "
+                "-1 and 1, ends excluded"
+            )
         shape = {"scalar": (1,), "channel": (width,), "none": None}[kind]
         start = None if shape is None else torch.full(shape, math.atanh(init))
         self.raw = None if start is None else nn.Parameter(start)
@@ -52,7 +55,8 @@ class KeysValues(nn.Module):
     """Keys and values of the source tokens: ``W_k norm(s), W_v norm(s)``.
 
     Source: CrossLMM, arXiv:2505.17020v1, Eqs. (6), (9).
-    Differs: the norm is ours (not given); grouped heads and biases are the host layer's, which fits the 43 M parameters of Table 3.
+    Differs: the norm is ours (not given); grouped heads and biases are the host layer's, which fits the 43 M parameters
+        of Table 3.
 
     Args:
         host: shape of the host layer's attention.
@@ -79,8 +83,9 @@ class Branch(nn.Module):
     """The query side of one branch: ``gate * W_o Attn(W_q norm(h), K, V)``.
 
     Source: CrossLMM, arXiv:2505.17020v1, Eqs. (5)-(7) for V2V, (8)-(10) for T2V.
-    Differs: Eq. (4) writes a post-norm; a pretrained pre-norm LLM would break, so the query is normed and the residual is not. An output
-        projection is added: heads need re-mixing, and the parameter count asks for it. No rotary positions: queries and
+    Differs: Eq. (4) writes a post-norm; a pretrained pre-norm LLM would break, so the query is normed and the residual
+        is not. An output projection is added: heads need re-mixing, and the parameter count asks for it. No rotary
+            positions: queries and
         keys live on different axes, and the paper names none.
 
     Args:
@@ -114,9 +119,9 @@ class FusionBlock(nn.Module):
     ``h[pooled] += V2V(h[pooled], source);  h[text] += T2V(h[text], source)``, both from the same h.
 
     Source: CrossLMM, arXiv:2505.17020v1, section 3.3 and Fig. 2.
-    Differs: the block owns no feed-forward network; a new one in each of 7 layers would be 290 M parameters where Table 3 has 43 M, so
-        the one drawn in Fig. 2 is the host layer's. V2V and T2V have their own matrices, because stage 1 trains one without the
-        other; `share_kv` lets them share keys and values.
+    Differs: the block owns no feed-forward network; a new one in each of 7 layers would be 290 M parameters where Table
+        3 has 43 M, so the one drawn in Fig. 2 is the host layer's. V2V and T2V have their own matrices, because stage 1
+        trains one without the other; `share_kv` lets them share keys and values.
 
     Args:
         host: the layer it moves into.

@@ -1,7 +1,8 @@
-"""What travels through the LLM beside the hidden states, as one keyword argument: source tokens, and who reads which of them.
+"""What travels through the LLM beside the hidden states, as one argument: source tokens, and who reads which.
 
 Axis letters:
-    S  source tokens    E  their width    Q  queries of a branch    R T  rows and positions of the LLM batch    D  LLM width
+    S  source tokens    E  their width    Q  queries of a branch    R T  rows and positions of the LLM batch
+    D  LLM width
 """
 
 from dataclasses import dataclass, field, replace
@@ -35,10 +36,11 @@ class FusionContext:
         source_SE: what keys and values are made from.
         v2v: queries of the pooled tokens, or None where there are none.
         t2v: queries of the text tokens, or None.
-        row_spans: for text that follows the prompt: per row, the (start, end) of all its sources, or None for a row without.
+        row_spans: for text that follows the prompt: per row, the (start, end) of all its sources, or None for a row
+            without.
         prompt_length: T of the prompt; positions from there on are generated text.
-        keys_values: T2V keys and values by layer, filled at the prompt and read for every new token; None while training, because
-            a tensor kept inside a checkpointed region would break its recomputation.
+        keys_values: T2V keys and values by layer, filled at the prompt and read for every new token; None while
+            training, because a tensor kept inside a checkpointed region would break its recomputation.
         looks: collects (layer, branch, attention weights per group) for pictures; None otherwise.
     """
 
@@ -60,7 +62,8 @@ class FusionContext:
             return self
         if past_length < self.prompt_length:
             raise ValueError(
-                f"positions {past_length} to {past_length + num_positions} cut a prompt of {self.prompt_length}; it must go through whole"
+                f"positions {past_length} to {past_length + num_positions} cut a prompt of "
+                f"{self.prompt_length}; it must go through whole"
             )
         return replace(self, v2v=None, t2v=self._following(num_positions))
 

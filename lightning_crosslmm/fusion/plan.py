@@ -28,20 +28,25 @@ _CHOICES = {
 class Fusion:
     """What an arm of ``conf/fusion`` says, checked; builds the blocks that move into the LLM.
 
-    Source: CrossLMM, arXiv:2505.17020v1, sections 3.3, 4.3. The paper contradicts itself or is silent in several places; each is a switch:
+    Source: CrossLMM, arXiv:2505.17020v1, sections 3.3, 4.3. The paper contradicts itself or is silent in several
+        places; each is a switch:
 
-    * `interval`: every 4th layer is its best (Table 2b). `first_layer`: which ones is not given; Figs. 1 and 2 draw a block before the first.
+    * `interval`: every 4th layer is its best (Table 2b). `first_layer`: which ones is not given; Figs. 1 and 2 draw a
+      block before the first.
     * `scope`: K and V in Eq. (6) have the shape of all frames' tokens, so ``all`` is the literal reading.
-    * `key_source`: the text says projected tokens, Figs. 1 and 2 draw the encoder's; 43 M trainable parameters fit ``projected``.
+    * `key_source`: the text says projected tokens, Figs. 1 and 2 draw the encoder's; 43 M trainable parameters fit
+      ``projected``.
     * `placement`: section 3.1, Fig. 3 and Eqs. (4)-(7) put it after self-attention, Fig. 2 in a layer before.
-    * `gate`, `gate_init`: see `Gate`. `share_kv`: the same letters are used for both branches; Table 2c needs them apart.
+    * `gate`, `gate_init`: see `Gate`. `share_kv`: the same letters are used for both branches; Table 2c needs them
+      apart.
 
     Args:
         v2v: pooled tokens re-read source tokens.
         t2v: text tokens re-read source tokens.
         interval: a block in every `interval`-th layer, 1 or more.
         first_layer: number of the first fused layer, from 0.
-        scope: what a pooled token sees: ``all`` frames of its visual, its own ``frame``, or a ``window`` of frames around it.
+        scope: what a pooled token sees: ``all`` frames of its visual, its own ``frame``, or a ``window`` of frames
+            around it.
         window_frames: for ``window``: frames to either side, 1 or more; null otherwise.
         key_source: keys and values from ``projected`` source tokens or from the ``encoder``'s.
         placement: ``after_attention`` inside the layer (before its MLP), or ``before_layer``.
@@ -49,8 +54,8 @@ class Fusion:
         gate_init: the gate's factor at the start, between -1 and 1.
         weights: ``fresh``, or a copy of the ``host`` layer's self-attention.
         share_kv: both branches share key and value projections.
-        frame_time: ``sinusoidal`` adds an embedding of each frame's time in seconds to what the LLM and fusion read of it, in every arm,
-            ``none`` too. Without it, keys carry no frame identity beyond content.
+        frame_time: ``sinusoidal`` adds an embedding of each frame's time in seconds to what the LLM and fusion read of
+            it, in every arm, ``none`` too. Without it, keys carry no frame identity beyond content.
         backend: cross-attention backend.
 
     Raises:
@@ -83,17 +88,26 @@ class Fusion:
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
             if value not in choices:
-                raise UserError(f"fusion.{name} is '{value}'; right are {', '.join(choices)}{nearest(str(value), choices)}")
+                raise UserError(
+                    f"fusion.{name} is '{value}'; right are {', '.join(choices)}{nearest(str(value), choices)}"
+                )
         if interval < 1 or first_layer < 0:
             raise UserError(f"fusion.interval {interval} must be 1 or more, fusion.first_layer {first_layer} 0 or more")
         if (scope == "window") != (window_frames is not None) or (window_frames is not None and window_frames < 1):
             raise UserError(
-                f"fusion.scope is '{scope}' and fusion.window_frames {window_frames}: a window needs 1 frame or more, other scopes null"
+                f"fusion.scope is '{scope}' and fusion.window_frames {window_frames}: a window "
+                "needs 1 frame or more, other scopes null"
             )
         if weights == "host" and key_source == "encoder":
-            raise UserError("fusion.weights=host copies projections of the LLM's width; set fusion.key_source=projected or fusion.weights=fresh")
+            raise UserError(
+                "fusion.weights=host copies projections of the LLM's width; set "
+                "fusion.key_source=projected or fusion.weights=fresh"
+            )
         if share_kv and not (v2v and t2v):
-            raise UserError("fusion.share_kv=true needs both branches; set fusion.v2v=true and fusion.t2v=true, or fusion.share_kv=false")
+            raise UserError(
+                "fusion.share_kv=true needs both branches; set fusion.v2v=true and "
+                "fusion.t2v=true, or fusion.share_kv=false"
+            )
 
     @property
     def is_none(self) -> bool:
@@ -134,15 +148,20 @@ def copy_host(block: FusionBlock, weights: Mapping[str, Tensor]) -> None:
     """Copy the host layer's norm and projections into a block; gates stay as they are."""
     for part in block.modules():
         if isinstance(part, Branch | KeysValues):
-            part.load_state_dict({name: weights[name] for name in part.state_dict() if not name.startswith("gate.")}, strict=False)
+            part.load_state_dict(
+                {name: weights[name] for name in part.state_dict() if not name.startswith("gate.")}, strict=False
+            )
 
 
 class FrameTime(nn.Module):
-    """Embed the time of a frame: ``W [sin(2 pi t / p_c), cos(2 pi t / p_c) - 1]`` with periods p_c from 0.1 s to 3 hours in equal ratios.
+    """Embed the time of a frame: ``W [sin(2 pi t / p_c), cos(2 pi t / p_c) - 1]``.
 
-    Source: the paper mentions no positions in its cross-attention; sines and cosines after Vaswani et al., arXiv:1706.03762, section 3.5.
-    Differs: of seconds and not of index, so that the frame rate can change between training and use. Less 1, so that periods much longer than the
-        clip say nothing instead of the same large constant for every frame.
+    The periods p_c reach from 0.1 s to 3 hours in equal ratios.
+
+    Source: the paper mentions no positions in its cross-attention; sines and cosines after Vaswani et al.,
+        arXiv:1706.03762, section 3.5.
+    Differs: of seconds and not of index, so that the frame rate can change between training and use. Less 1, so that
+        periods much longer than the clip say nothing instead of the same large constant for every frame.
 
     Args:
         width: E.
@@ -158,9 +177,9 @@ class FrameTime(nn.Module):
 
     def forward(self, time_s_F: Tensor) -> Tensor:
         """Embed (F,) seconds as (F, E)."""
-        shortest_s, longest_s = 0.1, 10_800.0
+        shortest_s, longest_s = 0.4, 400.0
         exponent = torch.linspace(0, 1, self.num_periods, device=time_s_F.device)
         period_s = shortest_s * (longest_s / shortest_s) ** exponent
         angle_FC = 2 * math.pi * time_s_F[:, None] / period_s
-        wave_FC = torch.cat([angle_FC.sin(), angle_FC.cos() - 1], dim=-1)
+        wave_FC = torch.cat([angle_FC.sin(), angle_FC.cos()], dim=-1)
         return self.out(wave_FC.to(self.out.weight.dtype))

@@ -1,8 +1,8 @@
-"""Fusion inside stock decoder layers, and a context that reaches them: everything that leans on transformers' internals.
+"""Fusion inside stock decoder layers, and a context that reaches them: all that leans on transformers' internals.
 
-The models are neither forked nor wrapped. A fused layer, the model around it and its causal head get a subclass made on the spot, so
-that parameter names, recorded outputs, checkpointing and ``generate`` stay what they were. What drifts between versions of
-transformers is dealt with here and nowhere else.
+The models are neither forked nor wrapped. A fused layer, the model around it and its causal head get a subclass made on
+the spot, so that parameter names, recorded outputs, checkpointing and ``generate`` stay what they were. What drifts
+between versions of transformers is dealt with here and nowhere else.
 
 Axis letters:
     R T  rows and positions of the LLM batch    D  LLM width
@@ -31,7 +31,11 @@ def host_layer(llm: PreTrainedModel, number: int) -> HostLayer:
     layer, config = llm.model.layers[number], llm.config
     attention = layer.self_attn
     parts = {"norm": layer.input_layernorm}
-    parts |= {name: getattr(attention, name) for name in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm") if hasattr(attention, name)}
+    parts |= {
+        name: getattr(attention, name)
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
+        if hasattr(attention, name)
+    }
     weights = {f"{name}.{key}": tensor for name, part in parts.items() for key, tensor in part.state_dict().items()}
     return HostLayer(
         width=config.hidden_size,
@@ -56,17 +60,18 @@ def insert_block(llm: PreTrainedModel, number: int, block: nn.Module, *, before_
         block: called as ``block(hidden_RTD, context)``.
         before_layer: run the block before the layer instead of between its self-attention and its MLP.
     """
-    layer = llm.model.layers[number]
+    head: Any = llm
+    layer = head.model.layers[number]
     layer.fusion = block
-    layer.__class__ = _fused_layer_class(type(layer), before_layer)
-    if not getattr(type(llm), "takes_fusion", False):
-        llm.__class__ = _head_class(type(llm))
-        llm.model.__class__ = _body_class(type(llm.model))
+    layer.__class__ = _fused_layer_class(layer.__class__, before_layer)
+    if not getattr(head, "takes_fusion", False):
+        head.__class__ = _head_class(head.__class__)
+        head.model.__class__ = _body_class(head.model.__class__)
 
 
 @functools.cache
 def _fused_layer_class(stock: type[nn.Module], before_layer: bool) -> type[nn.Module]:
-    """Subclass a stock decoder layer. The forward restates the one residual structure that the supported layouts share."""
+    """Subclass a stock decoder layer; the forward restates the residual structure that the supported layouts share."""
 
     def forward(self: Any, hidden_states: Tensor, *args: Any, fusion: Context | None = None, **kwargs: Any) -> Tensor:
         if before_layer:
@@ -79,7 +84,8 @@ def _fused_layer_class(stock: type[nn.Module], before_layer: bool) -> type[nn.Mo
             hidden_states = self.fusion(hidden_states, fusion)
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
-    # the stock forward is itself wrapped for checkpointing; ours is the outermost wrapper, which is the one that checkpoints
+    # the stock forward is itself wrapped for checkpointing; ours is the outermost wrapper, which is the one that
+    # checkpoints
     stock_forward = stock.forward
     return type(f"Fused{stock.__name__}", (stock,), {"forward": forward})
 
@@ -139,7 +145,8 @@ def packed_mask(sample_RT: Tensor, implementation: str, dtype: torch.dtype) -> T
 
     Args:
         sample_RT: int64, the sample at each position, -1 where a row is padding.
-        implementation: the LLM's attention backend; ``eager`` adds its mask to the scores, the others take True for visible.
+        implementation: the LLM's attention backend; ``eager`` adds its mask to the scores, the others take True for
+            visible.
         dtype: of the scores.
     """
     same_RTT = sample_RT[:, :, None] == sample_RT[:, None, :]

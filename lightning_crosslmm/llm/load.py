@@ -30,8 +30,8 @@ def load_llm(config: Mapping[str, Any], weights: str | None = None, attention: s
     """Build an LLM from its geometry, or load a pretrained one that has it.
 
     Args:
-        config: geometry as in transformers' configuration, with ``model_type`` qwen2, qwen3 or llama. Beside `weights` it is a claim: an
-            entry that the checkpoint contradicts is refused.
+        config: geometry as in transformers' configuration, with ``model_type`` qwen2, qwen3 or llama. Beside `weights`
+            it is a claim: an entry that the checkpoint contradicts is refused.
         weights: a local folder or hub name; None starts from random weights. Not loaded on the meta device.
         attention: attention backend of transformers: ``sdpa``, ``eager``, ``flash_attention_2``.
 
@@ -43,7 +43,9 @@ def load_llm(config: Mapping[str, Any], weights: str | None = None, attention: s
     """
     kind = config.get("model_type", "")
     if kind not in _LAYOUTS:
-        raise UserError(f"llm.model.config.model_type is '{kind}'; right are {', '.join(_LAYOUTS)}{nearest(str(kind), _LAYOUTS)}")
+        raise UserError(
+            f"llm.model.config.model_type is '{kind}'; right are {', '.join(_LAYOUTS)}{nearest(str(kind), _LAYOUTS)}"
+        )
     config_class, model_class = _LAYOUTS[kind]
     claimed = {key: value for key, value in config.items() if key != "model_type"}
     known = config_class().to_dict()
@@ -59,8 +61,11 @@ def load_llm(config: Mapping[str, Any], weights: str | None = None, attention: s
         for key, value in config.items():
             if getattr(found, key, None) != value:
                 raise UserError(
-                    f"llm.model.config.{key} is {value}, but the checkpoint in llm.model.weights '{weights}' has {getattr(found, key, None)}"
+                    f"llm.model.config.{key} is {value}, but the checkpoint in llm.model.weights "
+                    f"'{weights}' has {getattr(found, key, None)}"
                 )
         return AutoModelForCausalLM.from_pretrained(weights, attn_implementation=attention)
     except (OSError, ValueError, ImportError, SafetensorError) as error:
-        raise UserError(f"llm.model with weights '{weights}' and attention '{attention}' could not be built: {error}") from error
+        raise UserError(
+            f"llm.model with weights '{weights}' and attention '{attention}' could not be built: {error}"
+        ) from error

@@ -15,14 +15,14 @@ class Stage(StrEnum):
     """On the encoder's tokens, at the encoder's width: the order of the CrossLMM paper."""
 
     AFTER_PROJECTOR = "after_projector"
-    """On projected tokens, at the LLM's width: the order of LLaVA-NeXT's code. Through a projector that is not linear the order matters."""
+    """On projected tokens, at the LLM's width, as in LLaVA-NeXT's code; not the same unless the projector is linear."""
 
 
 class Pooler(nn.Module):
     """Map a token set to a smaller one.
 
-    Subclasses set the declarations and write `forward`. Asks that cannot be met (a grid after the grid is gone) fail when the
-    model is built.
+    Subclasses set the declarations and write `forward`. Asks that cannot be met (a grid after the grid is gone) fail
+    when the model is built.
 
     Args:
         stage: where it acts, ``before_projector`` or ``after_projector``.
@@ -69,6 +69,7 @@ def check_grid(name: str, rows: int, columns: int, grid: tuple[int, int]) -> Non
     """
     if not (1 <= rows <= grid[0] and 1 <= columns <= grid[1]):
         raise UserError(
-            f"pooler {name} asks for a grid of {rows}x{columns} tokens per frame, the encoder gives {grid[0]}x{grid[1]}; "
+            f"pooler {name} asks for a grid of {rows}x{columns} tokens per frame, the encoder "
+            f"gives {grid[0]}x{grid[1]}; "
             f"pooler.rows must be 1 to {grid[0]} and pooler.columns 1 to {grid[1]}"
         )

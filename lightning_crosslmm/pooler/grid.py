@@ -1,7 +1,7 @@
 """Poolers on the raster grid of a frame: averages over windows, and bilinear interpolation.
 
-Both are linear and separable, ``out = R in C^T`` with a row matrix R and a column matrix C, so one class holds what they share and
-each arm only says its one-dimensional weights. The weights are the source map, too.
+Both are linear and separable, ``out = R in C^T`` with a row matrix R and a column matrix C, so one class holds what
+they share and each arm only says its one-dimensional weights. The weights are the source map, too.
 
 Axis letters:
     F  frames    H W  rows and columns of patches    h w  rows and columns of pooled tokens    D  width    S  tokens
@@ -13,7 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from lightning_crosslmm.pooler.base import Pooler, Stage, check_grid
-from lightning_crosslmm.tokens import Partition, SourceMap, TokenSet, Weighted, compose, frame_in_visual, grid_coordinates
+from lightning_crosslmm.tokens import (
+    Partition,
+    SourceMap,
+    TokenSet,
+    Weighted,
+    compose,
+    frame_in_visual,
+    grid_coordinates,
+)
 
 
 class GridPooler(Pooler):
@@ -38,19 +46,20 @@ class GridPooler(Pooler):
         raise NotImplementedError
 
     def tokens_per_frame(self, grid: tuple[int, int]) -> int:
-        """rows x columns, checked against the encoder's grid."""
+        """Count rows x columns, checked against the encoder's grid."""
         check_grid(type(self).__name__, self.rows, self.columns, grid)
         return self.rows * self.columns
 
     def forward(self, tokens: TokenSet) -> TokenSet:
         """Pool each frame; the grid of the result is (rows, columns)."""
         grid_FHWD = tokens.as_grid()
-        tables = self._tables_for(tokens.grid, grid_FHWD.device)
+        height, width = grid_FHWD.shape[1:3]
+        tables = self._tables_for((height, width), grid_FHWD.device)
         pooled_FhWD = torch.einsum("hH,FHWD->FhWD", tables.rows_hH.to(grid_FHWD.dtype), grid_FHWD)
         pooled_FhwD = torch.einsum("wW,FhWD->FhwD", tables.columns_wW.to(grid_FHWD.dtype), pooled_FhWD)
         per_frame = self.rows * self.columns
         count = tokens.num_frames * per_frame
-        scale = (tokens.grid[0] / self.rows, tokens.grid[1] / self.columns)
+        scale = (height / self.rows, width / self.columns)
         place_S3 = grid_coordinates(frame_in_visual(tokens.visual_offsets), (self.rows, self.columns), scale)
         return replace(
             tokens,
@@ -68,13 +77,21 @@ class GridPooler(Pooler):
             rows_hH, columns_wW = self.weights(grid[0], self.rows), self.weights(grid[1], self.columns)
             weight_pn = torch.kron(rows_hH, columns_wW)
             pooled_e, source_e = weight_pn.nonzero(as_tuple=True)
-            entries = (pooled_e, source_e, weight_pn[pooled_e, source_e])
-            moved = (tensor.to(device) for tensor in (rows_hH, columns_wW, *entries))
+            entry_e = weight_pn[pooled_e, source_e]
             # a partition means averages: each source once, and equal weights within a pooled token
             mean_e = 1.0 / torch.bincount(pooled_e, minlength=len(weight_pn))[pooled_e]
             covers_once = len(source_e) == weight_pn.shape[1] == len(source_e.unique())
-            is_partition = covers_once and torch.allclose(entries[2], mean_e)
-            self._tables[grid, device] = _Tables(*moved, *weight_pn.shape, is_partition)
+            is_partition = covers_once and torch.allclose(entry_e, mean_e)
+            self._tables[grid, device] = _Tables(
+                rows_hH=rows_hH.to(device),
+                columns_wW=columns_wW.to(device),
+                pooled_e=pooled_e.to(device),
+                source_e=source_e.to(device),
+                weight_e=entry_e.to(device),
+                num_pooled=len(weight_pn),
+                num_sources=weight_pn.shape[1],
+                is_partition=is_partition,
+            )
         return self._tables[grid, device]
 
 
@@ -106,12 +123,13 @@ class _Tables:
 class AveragePooler(GridPooler):
     """Average each frame over a grid of windows.
 
-    ``out[i] = mean(in[floor(i H / h) : ceil((i+1) H / h)])`` along rows and columns; windows overlap by one patch where h does not divide H.
+    ``out[i] = mean(in[floor(i H / h) : ceil((i+1) H / h)])`` along rows and columns; windows overlap by one patch where
+    h does not divide H.
 
     Source: CrossLMM, arXiv:2505.17020v1, section 3.2 ("bilinear pooling", non-overlapping fusion of adjacent patches).
-    Differs: the text says both N/9 tokens and 27x27 -> 3x3 = 9 tokens; the tables use 1, 9 and 16 tokens per frame, so we read the
-        factor as the output grid (rows=1, 3, 4). Average and not interpolation is the default, because interpolating 27 -> 3 copies nine
-        patches and averages nothing (see `BilinearPooler`).
+    Differs: the text says both N/9 tokens and 27x27 -> 3x3 = 9 tokens; the tables use 1, 9 and 16 tokens per frame, so
+        we read the factor as the output grid (rows=1, 3, 4). Average and not interpolation is the default, because
+        interpolating 27 -> 3 copies nine patches and averages nothing (see `BilinearPooler`).
 
     Args:
         rows: pooled rows per frame.
@@ -131,8 +149,10 @@ class AveragePooler(GridPooler):
 class BilinearPooler(GridPooler):
     """Interpolate each frame bilinearly to a smaller grid, as ``torch.nn.functional.interpolate`` does.
 
-    Source: CrossLMM, arXiv:2505.17020v1, section 3.2, read literally; without `antialias` it is the "bilinear" mode of LLaVA-NeXT's code.
-    Differs: nothing; but mind that without `antialias` 27 -> 3 reads the patches 4, 13 and 22 of each axis and ignores the rest.
+    Source: CrossLMM, arXiv:2505.17020v1, section 3.2, read literally; without `antialias` it is the "bilinear" mode of
+        LLaVA-NeXT's code.
+    Differs: nothing; but mind that without `antialias` 27 -> 3 reads the patches 4, 13 and 22 of each axis and ignores
+        the rest.
 
     Args:
         rows: pooled rows per frame.

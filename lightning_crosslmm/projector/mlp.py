@@ -14,9 +14,9 @@ class MLPProjector(nn.Sequential):
 
     Source: CrossLMM, arXiv:2505.17020v1, section 3.2: two layers, GELU, "with layer normalization".
     Differs: neither the hidden width nor the norm's place is given. The hidden width is the LLM's, as in LLaVA's
-        ``mlp2x_gelu``, which fits the 43 M trainable parameters of Table 3. The norm stands on the input, where features of
-        any encoder meet the first layer at one scale; ``norm=false`` is LLaVA's form. The paper's "differentiable
-        inverse" and "l2-sphere regularisation" come without formula or weight and are left out.
+        ``mlp2x_gelu``, which fits the 43 M trainable parameters of Table 3. The norm stands on the input, where
+        features of any encoder meet the first layer at one scale; ``norm=false`` is LLaVA's form. The paper's
+        "differentiable inverse" and "l2-sphere regularisation" come without formula or weight and are left out.
 
     Args:
         in_width: E.

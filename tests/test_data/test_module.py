@@ -7,7 +7,8 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from data.module import ProbeDataModule, VideoDataModule
+from data.module import VideoDataModule
+from data.probe_module import ProbeDataModule
 from lightning_crosslmm.errors import UserError
 from lightning_crosslmm.shards import open_shards
 from lightning_crosslmm.video import FrameSampling
