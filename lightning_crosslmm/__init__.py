@@ -4,7 +4,7 @@
 
     data/                             lightning_crosslmm/
     shard --> clip --> frames         frames --> encoder --> source tokens --> pooler --> projector --> pooled tokens
-      tar + index  decode  times                                  |                                          |
+      tar + index  decode  timestamps                             |                                          |
     conversation --> ids, labels                                  | (kept, never dropped)                    v
       ^                                                           |          text ids --------> placed --> LLM layers
       |  one record of integers                                   +-------> fusion (V2V, T2V) at every k-th layer |

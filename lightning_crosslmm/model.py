@@ -18,12 +18,12 @@ from lightning_crosslmm.batch import VideoBatch
 from lightning_crosslmm.decoding import Decoding, Streamer
 from lightning_crosslmm.encoder import Encoder
 from lightning_crosslmm.errors import UserError
-from lightning_crosslmm.fusion import FrameTime, Fusion, FusionContext
+from lightning_crosslmm.fusion import Fusion, FusionContext, frame_time
 from lightning_crosslmm.llm import host_layer, insert_block
 from lightning_crosslmm.llm.layers import enable_checkpointing, packed_mask
 from lightning_crosslmm.placement import Layout, fusion_context, place
 from lightning_crosslmm.pooler import Pooler, Stage
-from lightning_crosslmm.tokens import TokenSet
+from lightning_crosslmm.tokens import TokenSet, frame_in_visual
 
 ROLES = ("encoder", "pooler", "projector", "fusion", "llm")
 
@@ -115,12 +115,10 @@ class CrossLMM(nn.Module):
         for number in layers:
             block = fusion.block(host_layer(llm, number), number, source_width)
             insert_block(llm, number, block, before_layer=fusion.placement == "before_layer")
-        timed = fusion.frame_time == "sinusoidal"
-        std = llm.config.initializer_range
-        self.frame_time = FrameTime(width, std) if timed else None
-        self.encoder_time = (
-            FrameTime(encoder.width, std) if timed and layers and fusion.key_source == "encoder" else None
-        )
+        std, kind = llm.config.initializer_range, fusion.frame_time
+        reads_encoder = bool(layers) and fusion.key_source == "encoder"
+        self.frame_time = frame_time(kind, width, std)
+        self.encoder_time = frame_time(kind, encoder.width, std) if reads_encoder else None
         self.fused_layers = tuple(layers)
 
     def encode(self, batch: VideoBatch) -> Visuals:
@@ -149,11 +147,11 @@ class CrossLMM(nn.Module):
     def _project(self, tokens: TokenSet) -> TokenSet:
         return self._timed(tokens.with_features(self.projector(tokens.features_SD)), self.frame_time)
 
-    def _timed(self, tokens: TokenSet, embed: FrameTime | None) -> TokenSet:
+    def _timed(self, tokens: TokenSet, embed: nn.Module | None) -> TokenSet:
         if embed is None:
             return tokens
         device = tokens.features_SD.device
-        time_FD = embed(tokens.frame_time_s_F.to(device))
+        time_FD = embed(tokens.frame_time_s_F.to(device), frame_in_visual(tokens.visual_offsets))
         tokens_F = tokens.frame_offsets.diff().to(device)
         time_SD = time_FD.repeat_interleave(tokens_F, dim=0, output_size=tokens.num_tokens)
         return tokens.with_features(tokens.features_SD + time_SD.to(tokens.features_SD.dtype))

@@ -92,14 +92,11 @@ def place(
     slot_of_M = torch.repeat_interleave(torch.arange(len(size_L)), size_L)
     sample_L = torch.repeat_interleave(torch.arange(batch.num_samples), batch.text_offsets.diff())
     sample_M, is_pooled_M = sample_L[slot_of_M], is_mark_L[slot_of_M]
-
     slots_B = torch.bincount(sample_M, minlength=batch.num_samples)
     flat_M, position_M, num_rows, num_positions = _positions(batch, slots_B, sample_M, pad_left)
-    if max_positions is not None and num_positions > max_positions:
-        raise _too_long(batch.keys[int(slots_B.argmax())], num_positions, max_positions)
+    _check_length(batch, slots_B, num_positions, max_positions)
     sample_RT = torch.full((num_rows * num_positions,), -1).index_copy(0, flat_M, sample_M)
     position_RT = torch.zeros_like(sample_RT).index_copy(0, flat_M, position_M)
-
     label_M = torch.where(is_pooled_M, IGNORED, batch.labels_L[slot_of_M])
     label_slot_Y = (label_M != IGNORED).nonzero().flatten()
     seen_L = is_mark_L.long().cumsum(0)  # visuals of the batch marked so far
@@ -123,11 +120,13 @@ def place(
     )
 
 
-def _too_long(key: str, num_positions: int, max_positions: int) -> UserError:
-    return UserError(
-        f"sample '{key}' makes a row of {num_positions} tokens, the LLM's context is {max_positions}; "
-        "use fewer frames (data.sampling), a smaller pooler grid, or a shorter text"
-    )
+def _check_length(batch: VideoBatch, slots_B: Tensor, num_positions: int, max_positions: int | None) -> None:
+    if max_positions is not None and num_positions > max_positions:
+        longest = int(slots_B.argmax())
+        raise UserError(
+            f"sample '{batch.keys[longest]}' makes a row of {num_positions} tokens, the LLM's context is "
+            f"{max_positions}; use fewer frames (data.sampling), a smaller pooler grid, or a shorter text"
+        )
 
 
 def _positions(batch: VideoBatch, slots_B: Tensor, sample_M: Tensor, pad_left: bool) -> tuple[Tensor, Tensor, int, int]:

@@ -45,6 +45,17 @@ class VideoFacts(Protocol):
         """Key frames, in seconds from its start."""
 
 
+class Keyed(Protocol):
+    """What the writer asks of a conversation; ``conversation.Conversation`` has it."""
+
+    @property
+    def key(self) -> str:
+        """Name of the sample."""
+
+    def to_json(self) -> bytes:
+        """Write what lies in the shard as ``KEY.json``."""
+
+
 Probe = Callable[[bytes, str], VideoFacts]
 
 

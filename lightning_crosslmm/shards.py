@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import BinaryIO, Protocol, Self
+from typing import BinaryIO, Self
 
 from braceexpand import braceexpand
 from webdataset import TarWriter
@@ -36,6 +36,7 @@ from lightning_crosslmm.shard_files import (
     write_manifest,
 )
 from lightning_crosslmm.shard_index import (
+    Keyed,
     Member,
     Probe,
     SampleEntry,
@@ -52,14 +53,6 @@ __all__ = ["Member", "Probe", "SampleEntry", "SampleInfo", "ShardIndex", "ShardS
 __all__ += ["build_index", "open_shards", "read_index", "read_sample"]
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-class Keyed(Protocol):
-    """What the writer asks of a conversation; ``conversation.Conversation`` has it."""
-
-    @property
-    def key(self) -> str: ...
-    def to_json(self) -> bytes: ...
 
 
 class ShardWriter:
@@ -166,7 +159,7 @@ class ShardWriter:
         return self._tell() - padded(len(blob))
 
     def _close_shard(self) -> None:
-        assert self._tar is not None and self._file is not None
+        assert self._tar is not None and self._file is not None, "a shard is closed once it holds a sample"
         self._tar.close()
         self._file.flush()
         os.fsync(self._file.fileno())

@@ -3,10 +3,10 @@
 from lightning_crosslmm.fusion.attention import Spans, choose_backend, cross_attention
 from lightning_crosslmm.fusion.block import FusionBlock
 from lightning_crosslmm.fusion.context import FusionContext, Queries
-from lightning_crosslmm.fusion.plan import FrameTime, Fusion
+from lightning_crosslmm.fusion.frame_time import frame_time
+from lightning_crosslmm.fusion.plan import Fusion
 
 __all__ = [
-    "FrameTime",
     "Fusion",
     "FusionBlock",
     "FusionContext",
@@ -14,4 +14,5 @@ __all__ = [
     "Spans",
     "choose_backend",
     "cross_attention",
+    "frame_time",
 ]

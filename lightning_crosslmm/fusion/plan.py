@@ -1,14 +1,8 @@
-"""The fusion arm: which branches, in which layers, reading what.
+"""The fusion arm: which branches, in which layers, reading what."""
 
-Axis letters:
-    F  frames    S  source tokens    E  width of what carries the embedding    C  sine and cosine channels
-"""
-
-import math
 from collections.abc import Mapping
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_crosslmm.errors import UserError, nearest
 from lightning_crosslmm.fusion.attention import BACKENDS
@@ -20,7 +14,7 @@ _CHOICES = {
     "key_source": ("projected", "encoder"),
     "placement": ("after_attention", "before_layer"),
     "weights": ("fresh", "host"),
-    "frame_time": ("none", "sinusoidal"),
+    "frame_time": ("none", "sinusoidal", "learned"),
     "backend": BACKENDS,
 }
 
@@ -151,35 +145,3 @@ def copy_host(block: FusionBlock, weights: Mapping[str, Tensor]) -> None:
             part.load_state_dict(
                 {name: weights[name] for name in part.state_dict() if not name.startswith("gate.")}, strict=False
             )
-
-
-class FrameTime(nn.Module):
-    """Embed the time of a frame: ``W [sin(2 pi t / p_c), cos(2 pi t / p_c) - 1]``.
-
-    The periods p_c reach from 0.1 s to 3 hours in equal ratios.
-
-    Source: the paper mentions no positions in its cross-attention; sines and cosines after Vaswani et al.,
-        arXiv:1706.03762, section 3.5.
-    Differs: of seconds and not of index, so that the frame rate can change between training and use. Less 1, so that
-        periods much longer than the clip say nothing instead of the same large constant for every frame.
-
-    Args:
-        width: E.
-        init_std: standard deviation of W at the start.
-        num_periods: C / 2.
-    """
-
-    def __init__(self, width: int, init_std: float, num_periods: int = 32) -> None:
-        super().__init__()
-        self.num_periods = num_periods
-        self.out = nn.Linear(2 * num_periods, width, bias=False)
-        nn.init.normal_(self.out.weight, std=init_std)
-
-    def forward(self, time_s_F: Tensor) -> Tensor:
-        """Embed (F,) seconds as (F, E)."""
-        shortest_s, longest_s = 0.4, 400.0
-        exponent = torch.linspace(0, 1, self.num_periods, device=time_s_F.device)
-        period_s = shortest_s * (longest_s / shortest_s) ** exponent
-        angle_FC = 2 * math.pi * time_s_F[:, None] / period_s
-        wave_FC = torch.cat([angle_FC.sin(), angle_FC.cos()], dim=-1)
-        return self.out(wave_FC.to(self.out.weight.dtype))

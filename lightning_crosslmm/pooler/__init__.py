@@ -1,7 +1,7 @@
 """Poolers: how many source tokens become few pooled tokens.
 
 ``average`` means over windows, ``bilinear`` interpolation, ``none`` keeps every token. A pooler of your own is a class
-with this contract in any module of yours: ``python train.py pooler._target_=my_module.MyPooler``.
+with this contract in any module of yours: ``python train.py pooler=none pooler._target_=my_module.MyPooler``.
 """
 
 from lightning_crosslmm.pooler.base import Pooler, Stage, check_grid

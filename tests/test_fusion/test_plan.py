@@ -1,10 +1,8 @@
-import math
-
 import pytest
 import torch
 
 from lightning_crosslmm.errors import UserError
-from lightning_crosslmm.fusion import FrameTime, Fusion
+from lightning_crosslmm.fusion import Fusion
 from lightning_crosslmm.llm import host_layer
 from tests.tiny import tiny_llm
 
@@ -59,21 +57,3 @@ def test_the_host_layers_weights_are_copied_when_asked():
     same = Fusion(True, True, weights="host").block(host, 1, 32).keys_values["t2v"].v_proj.weight
     other = Fusion(True, True).block(host, 1, 32).keys_values["t2v"].v_proj.weight
     assert torch.equal(same, stock) and not torch.equal(other, stock)
-
-
-def test_the_time_of_a_frame_is_sines_of_seconds():
-    time = FrameTime(6, 0.02, num_periods=3)
-    shortest_s, middle_s, longest_s = 0.1, math.sqrt(0.1 * 10_800), 10_800.0
-    angles = [2 * math.pi * 7.5 / period_s for period_s in (shortest_s, middle_s, longest_s)]
-    wave_C = torch.tensor([math.sin(a) for a in angles] + [math.cos(a) for a in angles])
-    # 75 turns of the shortest period: float32 keeps the angle to about 2e-5
-    torch.testing.assert_close(time(torch.tensor([7.5]))[0], time.out.weight @ wave_C, rtol=0, atol=1e-4)
-
-
-def test_the_start_of_the_time_embedding():
-    assert FrameTime(512, 0.02).out.weight.std().item() == pytest.approx(0.02, rel=0.03)
-
-
-def test_frames_at_the_same_time_are_the_same():
-    embedded_FD = FrameTime(6, 0.02)(torch.tensor([0.0, 1.25, 1.25, 3.0]))
-    assert torch.equal(embedded_FD[1], embedded_FD[2]) and not torch.allclose(embedded_FD[1], embedded_FD[3])
