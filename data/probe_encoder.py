@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import nn
-from torch.nn.functional import cross_entropy
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, interpolate
 
 from data.probe_scene import COLOURS, PLACES, SHAPES, render
 from lightning_crosslmm.encoder import Encoder
@@ -47,7 +47,7 @@ class EncoderFit:
             )
 
 
-def fit_encoder(encoder: Encoder, fit: EncoderFit, noise: float, seed: int) -> float:
+def fit_encoder(encoder: Encoder, fit: EncoderFit, picture_size: int, noise: float, seed: int) -> float:
     """Train the encoder to name shape, colour and place of a single thing from the mean of its patches.
 
     ``loss = sum over the three of CE(label | W mean(patches))``; the linear heads are thrown away.
@@ -55,6 +55,7 @@ def fit_encoder(encoder: Encoder, fit: EncoderFit, noise: float, seed: int) -> f
     Args:
         encoder: changed in place.
         fit: steps, batch size, learning rate.
+        picture_size: pixels per side of the pictures, as in the probe set; they are resized to the encoder's.
         noise: of the pictures, as in the probe set.
         seed: of pictures and heads.
 
@@ -74,13 +75,13 @@ def fit_encoder(encoder: Encoder, fit: EncoderFit, noise: float, seed: int) -> f
     )
     right: list[float] = []
     for _ in range(fit.steps):
-        scenes = render(random, fit.batch_size, encoder.image_size, noise, num_things=1)
+        scenes = render(random, fit.batch_size, picture_size, noise, num_things=1)
         thing_F1 = torch.from_numpy(scenes.shape_FO.argmax(axis=1))[:, None]  # empty quadrants say -1
         shape_F, colour_F = (
             torch.from_numpy(index_FO).gather(1, thing_F1)[:, 0].to(device)
             for index_FO in (scenes.shape_FO, scenes.colour_FO)
         )
-        frames_FCHW = torch.from_numpy(scenes.frames_FHWC).permute(0, 3, 1, 2).to(device)
+        frames_FCHW = _resized(torch.from_numpy(scenes.frames_FHWC).permute(0, 3, 1, 2), encoder.image_size).to(device)
         logits = head(encoder(frames_FCHW).mean(dim=1))
         labels = (shape_F, colour_F, thing_F1[:, 0].to(device))
         named = list(zip(logits.split(_CLASSES, dim=1), labels, strict=True))
@@ -95,3 +96,10 @@ def fit_encoder(encoder: Encoder, fit: EncoderFit, noise: float, seed: int) -> f
     for parameter, is_trained in zip(encoder.parameters(), was_trained, strict=True):
         parameter.requires_grad_(is_trained)
     return float(np.mean(right[-20:]))
+
+
+def _resized(frames_FCHW: Tensor, side: int) -> Tensor:
+    if frames_FCHW.shape[-1] == side:
+        return frames_FCHW
+    smooth_FCHW = interpolate(frames_FCHW.float(), size=(side, side), mode="bicubic", antialias=True)
+    return smooth_FCHW.round().clamp(0, 255).to(torch.uint8)

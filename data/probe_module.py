@@ -46,7 +46,9 @@ class ProbeDataModule(VideoDataModule):
     def warm_start(self, model: CrossLMM) -> None:
         """Fit the encoder on labelled pictures of single things."""
         if self._encoder_fit is not None:
-            right = fit_encoder(model.encoder, self._encoder_fit, self._probe["noise"], self.seed)
+            right = fit_encoder(
+                model.encoder, self._encoder_fit, self._probe["image_size"], self._probe["noise"], self.seed
+            )
             log.info("encoder fitted: names shape, colour and place of %.1f %% of single things", 100 * right)
 
     def prepare_data(self) -> None:

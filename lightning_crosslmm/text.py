@@ -26,8 +26,7 @@ BYTE_VOCAB_SIZE = 261
 
 _BYTE_SPECIALS = ("<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 _BYTE_TEMPLATE = (
-    "{% for message in messages %}{{ '<|' + message.role + '|>' + message.content }}"
-    "{% if message.role == 'assistant' %}<|end|>{% endif %}{% endfor %}"
+    "{% for message in messages %}{{ '<|' + message.role + '|>' + message.content + '<|end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 _MARK = re.compile("<video>|<image>")

@@ -30,6 +30,8 @@ from lightning_crosslmm.errors import UserError
 VIDEO_FORMATS = "mov,matroska,avi,mpegts,mpeg,flv,ogg,gif"
 IMAGE_FORMATS = "jpeg_pipe,png_pipe,webp_pipe"
 _BICUBIC = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
+# Before version 19, PyAV raised at tags that are no UTF-8 unless told to replace them.
+_METADATA: dict[str, Any] = {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "replace"}
 _SCALING: dict[str, Any] = {"interpolation": _BICUBIC, "threads": 1}
 _BT601_MATRIX = 6  # AVCOL_SPC_SMPTE170M, what Colorspace.ITU601 is called in a stream's header
 
@@ -60,7 +62,7 @@ def opened(source: Path | bytes, name: str, formats: str) -> Iterator["VideoFile
         file.seek(0)
         try:
             allowed = {"format_whitelist": formats}
-            with av.open(file, "r", container_options=allowed, metadata_errors="replace") as container:
+            with av.open(file, "r", container_options=allowed, **_METADATA) as container:
                 # The cover of a music file is a video stream of one frame.
                 streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
                 if not streams or streams[0].codec_context is None:
@@ -225,8 +227,8 @@ class Picture:
         return np.ascontiguousarray(picture_CHW[:, :: -1 if flip_y else 1, :: -1 if flip_x else 1])
 
 
-def _bytes(buffer: object) -> np.ndarray:
-    return np.frombuffer(buffer, np.uint8)  # type: ignore[call-overload] # PyAV's stubs do not tell what a buffer is
+def _bytes(buffer: Any) -> np.ndarray:
+    return np.frombuffer(buffer, np.uint8)
 
 
 def _display_matrix(frame: VideoFrame) -> list[float]:

@@ -85,12 +85,14 @@ def test_make_knows_the_targets_that_pages_name() -> None:
     assert {"quickstart", "test"} <= targets
     done = subprocess.run(["make", "--dry-run", *targets], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    offered = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True).stdout
+    offered = subprocess.run(["make", "--no-print-directory"], cwd=ROOT, capture_output=True, text=True).stdout
     assert targets <= set(re.findall(r"^make (\w+)", offered, re.MULTILINE))
 
 
 def test_make_test_is_the_command_readme_gives() -> None:
-    lines = subprocess.run(["make", "-n", "test", "PYTHON=python"], cwd=ROOT, capture_output=True, text=True).stdout
+    lines = subprocess.run(
+        ["make", "--no-print-directory", "-n", "test", "PYTHON=python"], cwd=ROOT, capture_output=True, text=True
+    ).stdout
     assert lines.strip() == "python -m pytest" and "`python -m pytest`" in README
 
 

@@ -271,3 +271,16 @@ def test_files_are_closed_after_success_and_failure(tmp_path):
         read_clip(tmp_path / "good", "good", EIGHT)
         refused(tmp_path / "bad")
     assert len(list(open_files.iterdir())) == before
+
+
+def test_tags_in_another_encoding_than_utf8_do_no_harm(tmp_path):
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="matroska") as container:
+        container.metadata["title"] = "TITLE"
+        stream = container.add_stream("mpeg4", rate=5)
+        stream.height, stream.width, stream.pix_fmt = 32, 32, "yuv420p"
+        for frame_HWC in numbered_frames(3, (32, 32)):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame_HWC)))
+        container.mux(stream.encode())
+    assert b"TITLE" in buffer.getvalue()
+    assert probe_video(buffer.getvalue().replace(b"TITLE", b"\xe9t\xe9\xff\xfe"), "clip").num_frames == 3

@@ -236,7 +236,7 @@ PROBE = {
     "num_frames": 2,
     "image_size": 16,
     "noise": 0.1,
-    "kinds": ["colour", "shape"],
+    "kinds": ["colour_of_shape", "colour_at_place"],
     "questions_per_clip": 2,
     "seed": 0,
     "clips_per_shard": 4,
@@ -257,7 +257,7 @@ def test_the_probe_is_written_once_per_settings(tmp_path):
         2,
         1,
     ]
-    assert data.answer_kinds == ("colour", "shape")
+    assert data.answer_kinds == ("colour_at_place", "colour_of_shape")
     next(iter(data.train_dataloader())).validate()
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     probe_of(tmp_path).prepare_data()
