@@ -1,8 +1,7 @@
 """CrossLMM: encoder, pooler, projector, placement, LLM and fusion, assembled.
 
 Axis letters:
-    F  frames    C H W  channels, pixel rows, pixel columns    N  patches per frame    S  source tokens
-    P  pooled tokens
+    F  frames    C H W  channels, pixel rows and columns    N  patches per frame    S  source tokens    P  pooled tokens
     E  encoder width    D  LLM width    R T  rows and positions of the LLM batch    Y  predicted tokens    W  vocabulary
 """
 
@@ -105,6 +104,11 @@ class CrossLMM(nn.Module):
         llm: PreTrainedModel,
     ) -> None:
         super().__init__()
+        if missing := sorted(pooler.needs - encoder.gives):
+            raise UserError(
+                f"pooler {type(pooler).__name__} needs {', '.join(missing)}, encoder {type(encoder).__name__} gives "
+                f"{', '.join(sorted(encoder.gives))}; choose another pooler or encoder"
+            )
         self.encoder, self.pooler, self.llm = encoder, pooler, llm
         width = llm.config.hidden_size
         self.projector = projector(encoder.width, width)
@@ -197,10 +201,8 @@ class CrossLMM(nn.Module):
 
     def _place(self, batch: VideoBatch, visuals: Visuals | None, pad_left: bool) -> Layout:
         if visuals is None or visuals.is_blank:
-            nothing = TokenSet.from_grid(
-                torch.zeros(0, 1, 1), (1, 1), torch.tensor([0]), batch.sample_of_visual, torch.zeros(0)
-            )
-            pooled = source = nothing
+            boundaries = (torch.tensor([0]), batch.sample_of_visual, torch.zeros(0))
+            pooled = source = TokenSet.from_grid(torch.zeros(0, 1, 1), (1, 1), *boundaries)
         else:
             pooled, source = visuals.pooled, visuals.source
         return place(

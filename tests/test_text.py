@@ -141,10 +141,10 @@ def test_unfit_templates_are_refused(template, message):
 
 def test_too_long_and_marked_answers_are_refused():
     tokenizer = load_tokenizer("byte")
-    length = len(tokenise(talk("q", "a"), tokenizer, 5).ids)
-    assert length == 5
-    with pytest.raises(UserError, match=r"'k7'.* 5 tokens and data.max_tokens is 4"):
-        tokenise(talk("q", "a"), tokenizer, 4)
+    length = len(tokenise(talk("q", "a"), tokenizer, 6).ids)
+    assert length == 6
+    with pytest.raises(UserError, match=r"'k7'.* 6 tokens and data.max_tokens is 5"):
+        tokenise(talk("q", "a"), tokenizer, 5)
     with pytest.raises(UserError, match=r"'k7'.*message 2 is an answer"):
         tokenise(talk("q", "a <video>"), tokenizer, 99)
 
@@ -194,3 +194,14 @@ def test_answers_end_with_their_turn(named):
     assert end_of_turn_id(tokenizer) == end
     assert decode_answer(tokenizer, [*said, end, *said]) == "a hat"
     assert decode_answer(tokenizer, said) == "a hat"
+
+
+def test_whole_words_stand_beside_the_bytes():
+    tokenizer = load_tokenizer("byte:disc,red")
+    assert len(tokenizer) == BYTE_VOCAB_SIZE + 2
+    ids = tokenizer.encode("t3 disc? discs red", add_special_tokens=False)
+    assert [number for number in ids if number >= BYTE_VOCAB_SIZE] == [
+        BYTE_VOCAB_SIZE,
+        BYTE_VOCAB_SIZE + 1,
+    ]  # not in "discs"
+    assert tokenizer.decode(ids) == "t3 disc? discs red"

@@ -29,6 +29,9 @@ class Encoder(nn.Module):
 
     width: int
     grid: tuple[int, int]
+
+    gives: frozenset[str] = frozenset({"grid"})
+    """What a pooler may ask for: ``"grid"``, a regular raster of patches per frame."""
     mean_C11: Tensor
     std_C11: Tensor
 

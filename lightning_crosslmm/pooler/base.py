@@ -34,9 +34,6 @@ class Pooler(nn.Module):
     needs: frozenset[str] = frozenset()
     """What it asks of its input: ``"grid"``, a regular raster of tokens per frame."""
 
-    keeps_grid: bool = False
-    """Whether what it gives is a regular raster again."""
-
     def __init__(self, stage: str = Stage.BEFORE_PROJECTOR) -> None:
         super().__init__()
         if stage not in list(Stage):

@@ -34,7 +34,6 @@ class GridPooler(Pooler):
     """
 
     needs = frozenset({"grid"})
-    keeps_grid = True
 
     def __init__(self, rows: int, columns: int | None = None, stage: str = Stage.BEFORE_PROJECTOR) -> None:
         super().__init__(stage)

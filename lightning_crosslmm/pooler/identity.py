@@ -10,8 +10,6 @@ class NoPooler(Pooler):
     It stands before the projector; projecting first would give the same tokens.
     """
 
-    keeps_grid = True
-
     def __init__(self) -> None:
         super().__init__()
 

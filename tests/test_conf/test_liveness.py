@@ -127,7 +127,7 @@ TABLE: dict[tuple[str, ...], dict[str, tuple[Any, Probe]]] = {
         "data.probe.clips.test": (3, splits),
         "data.probe.clips_per_shard": (4, splits),
         "data.probe.num_frames": (3, batches),
-        "data.probe.image_size": (64, batches),
+        "data.probe.image_size": (32, batches),
         "data.probe.noise": (0.5, batches),
         "data.probe.kinds": (["colour_at_place"], batches),
         "data.probe.questions_per_clip": (1, batches),

@@ -140,3 +140,14 @@ def test_what_fusion_reads_carries_the_time(key_source, width):
     now, then = (model.encode(batch) for batch in (BATCH, later))
     assert not torch.allclose(now.source.features_SD, then.source.features_SD)
     assert not torch.allclose(now.pooled.features_SD, then.pooled.features_SD)
+
+
+class AsksForAClassToken(NoPooler):
+    """A pooler that no encoder here can serve."""
+
+    needs = frozenset({"grid", "class token"})
+
+
+def test_an_ask_that_the_encoder_cannot_meet_names_both():
+    with pytest.raises(UserError, match=r"pooler AsksForAClassToken needs class token, encoder TimmEncoder gives grid"):
+        tiny_model(pooler=AsksForAClassToken())
