@@ -21,7 +21,7 @@ class ProbeDataModule(VideoDataModule):
     """The synthetic probe task: renders and writes its shards on first use, then streams them like any others.
 
     Args:
-        cache_dir: folders named after the settings' hash lie here, one split in each; delete them to render anew.
+        cache_dir: folders named after the hash of settings and renderer lie here, one split in each.
         probe: settings of ``data.probe.write_probe``, the same for each split.
         encoder_fit: settings of ``data.probe_encoder.EncoderFit``, with which a fresh encoder meets the probe's shapes
             and colours before training; None leaves it as it is.
@@ -39,7 +39,9 @@ class ProbeDataModule(VideoDataModule):
         settings = json.dumps(dict(probe), sort_keys=True)
         self._probe = dict(probe)
         self._encoder_fit = EncoderFit(**encoder_fit) if encoder_fit is not None else None
-        self._folder = Path(cache_dir) / f"probe-{hashlib.sha256(settings.encode()).hexdigest()[:16]}"
+        # the renderer's own code is part of the name: clips of an older one are not taken for its
+        drawn_by = b"".join((Path(__file__).parent / name).read_bytes() for name in ("probe.py", "probe_scene.py"))
+        self._folder = Path(cache_dir) / f"probe-{hashlib.sha256(settings.encode() + drawn_by).hexdigest()[:16]}"
         splits = {split: self._folder / split for split in ("train", "val", "test")}
         super().__init__(**splits, predict=self._folder / "test", **stream)
 

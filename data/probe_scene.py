@@ -23,20 +23,22 @@ COLOURS = {
     "orange": (240, 140, 20),
     "white": (245, 245, 245),
 }
-SHAPES = ("disc", "bar", "plus", "ex", "tri", "moon")
+SHAPES = ("disc", "ring", "bar", "lid", "plus", "ex", "tri", "moon")
 PLACES = ("tl", "tr", "bl", "br")
 """The quadrants: top left, top right, bottom left, bottom right."""
 
 
 @cache
 def shape_masks(side: int) -> np.ndarray:
-    """Draw the shapes: (6, side, side) bool, in the order of `SHAPES`."""
+    """Draw the shapes: (8, side, side) bool, in the order of `SHAPES`."""
     y, x = np.mgrid[0:side, 0:side]
     v, u = (y - (side - 1) / 2) / (side / 2), (x - (side - 1) / 2) / (side / 2)
     radius = np.hypot(u, v)
     drawn = {
         "disc": radius <= 0.95,
+        "ring": (radius <= 1.05) & (radius >= 0.6),
         "bar": abs(u) <= 0.3,
+        "lid": abs(v) <= 0.3,
         "plus": np.minimum(abs(u), abs(v)) <= 0.25,
         "ex": np.minimum(abs(u - v), abs(u + v)) <= 0.3,
         "tri": v >= 2.0 * abs(u) - 0.9,
