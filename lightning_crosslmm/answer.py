@@ -17,7 +17,7 @@ from lightning_crosslmm.decoding import Decoding
 from lightning_crosslmm.errors import UserError
 from lightning_crosslmm.model import CrossLMM
 from lightning_crosslmm.run_folder import find_checkpoint
-from lightning_crosslmm.text import TextStreamer, Tokenizer, decode_answer, end_of_turn_id, load_tokenizer, tokenise
+from lightning_crosslmm.text import Text, TextStreamer, Tokenizer, decode_answer, end_of_turn_id, load_tokenizer, tokenise
 from lightning_crosslmm.video import Clip, FrameSampling, read_clip, read_image
 from lightning_crosslmm.weights import load_weights
 
@@ -44,7 +44,7 @@ class Answerer:
 
     @classmethod
     def from_run(cls, run_dir: Path, allow: Sequence[str] = ()) -> "Answerer":
-        """Load a run: its config, and its best checkpoint or else its last.
+        """Load a run: its config, and its best checkpoint or else its last; onto a GPU if there is one.
 
         Args:
             run_dir: a folder that ``train.py`` wrote.
@@ -64,7 +64,7 @@ class Answerer:
         model = build_model(config, trusted)
         load_weights(model, find_checkpoint(run_dir, "--run", ("best", "last")), whole=True)
         return cls(
-            model=model.eval(),
+            model=model.eval().to("cuda" if torch.cuda.is_available() else "cpu"),
             tokenizer=load_tokenizer(config.llm.tokenizer),
             decoding=instantiate(config.decoding, trusted),
             sampling=instantiate(config.data.sampling, trusted),
@@ -114,7 +114,7 @@ class Answerer:
         text = tokenise(conversation, self.tokenizer, self.max_tokens, add_answer_prompt=True)
         stop_id, pad_id = end_of_turn_id(self.tokenizer), self.tokenizer.pad_token_id
         (row,) = self.model.generate(
-            prompt_batch(path.name, clip, text.ids).to(next(self.model.parameters()).device),
+            prompt_batch(path.name, clip, text).to(next(self.model.parameters()).device),
             self.decoding,
             stop_id=stop_id,
             pad_id=stop_id if pad_id is None else pad_id,
@@ -123,9 +123,9 @@ class Answerer:
         return decode_answer(self.tokenizer, row)
 
 
-def prompt_batch(key: str, clip: Clip, ids: Sequence[int]) -> VideoBatch:
+def prompt_batch(key: str, clip: Clip, text: Text) -> VideoBatch:
     """Make a batch of one prompt about one clip."""
-    ids_L = torch.tensor(ids)
+    ids_L = torch.tensor(text.ids)
     return VideoBatch(
         frames_FCHW=clip.frames_FCHW,
         frame_time_s_F=clip.frame_time_s_F,
@@ -133,7 +133,7 @@ def prompt_batch(key: str, clip: Clip, ids: Sequence[int]) -> VideoBatch:
         sample_of_visual=torch.tensor([0]),
         ids_L=ids_L,
         labels_L=torch.full_like(ids_L, IGNORED),
-        answer_L=torch.full_like(ids_L, -1),
+        answer_L=torch.tensor(text.answer),
         text_offsets=torch.tensor([0, len(ids_L)]),
         row_of_sample=torch.tensor([0]),
         keys=(key,),

@@ -99,6 +99,9 @@ class VideoBatch:
         visuals_B = torch.bincount(self.sample_of_visual, minlength=self.num_samples)
         if not torch.equal(marks_B, visuals_B):
             raise ValueError(f"{who}: marks per sample {marks_B.tolist()} but visuals per sample {visuals_B.tolist()}")
+        first_L = self.text_offsets[:-1][self.text_offsets.diff() > 0]
+        if (self.labels_L[first_L] != IGNORED).any():
+            raise ValueError(f"{who}: a sample's first token is a label, and nothing stands before it to predict it")
         if (self.sample_of_visual.diff() < 0).any():
             raise ValueError(f"{who}: sample_of_visual decreases: {self.sample_of_visual.tolist()}")
 
@@ -113,14 +116,15 @@ def prompts_for(batch: VideoBatch, answers: Sequence[int]) -> VideoBatch:
         answers: numbers of answers in the batch; a sample may be asked several times.
 
     Returns:
-        One sample per answer, each in a row of its own, without labels.
+        One sample per answer, each in a row of its own, without labels; ``answer_L`` still tells earlier answers.
     """
     sample_L = torch.repeat_interleave(torch.arange(batch.num_samples), batch.text_offsets.diff())
-    ids, frames, times, frames_per_visual, sample_of_visual, keys = [], [], [], [], [], []
+    ids, earlier, frames, times, frames_per_visual, sample_of_visual, keys = [], [], [], [], [], [], []
     for number, answer in enumerate(answers):
         end = int((batch.answer_L == answer).nonzero()[0])
         sample = int(sample_L[end])
         ids.append(batch.ids_L[batch.text_offsets[sample] : end])
+        earlier.append(batch.answer_L[batch.text_offsets[sample] : end])
         marked = int((ids[-1] == VISUAL_MARK).sum())
         for visual in (batch.sample_of_visual == sample).nonzero().flatten()[:marked].tolist():
             of_visual = slice(int(batch.visual_offsets[visual]), int(batch.visual_offsets[visual + 1]))
@@ -137,13 +141,27 @@ def prompts_for(batch: VideoBatch, answers: Sequence[int]) -> VideoBatch:
         sample_of_visual=torch.tensor(sample_of_visual, dtype=torch.int64),
         ids_L=ids_L,
         labels_L=torch.full_like(ids_L, IGNORED),
-        answer_L=torch.full_like(ids_L, -1),
+        answer_L=torch.cat(earlier),
         text_offsets=torch.tensor([0, *map(len, ids)]).cumsum(0),
         row_of_sample=torch.arange(len(ids)),
         keys=tuple(keys),
         answer_kinds=(),
         questions=(),
     )
+
+
+def question_mask(batch: VideoBatch) -> Tensor:
+    """Tell which tokens are a sample's question: its text before the first answer, visual marks left out.
+
+    Later questions of a conversation are not part of it: they follow an answer, and no answer may be seen.
+
+    Returns:
+        (L,) bool on the CPU.
+    """
+    sample_L = torch.repeat_interleave(torch.arange(batch.num_samples), batch.text_offsets.diff())
+    answered_L = (batch.answer_L >= 0).long().cumsum(0)
+    before_B = torch.cat([answered_L.new_zeros(1), answered_L])[batch.text_offsets[:-1]]
+    return (answered_L == before_B[sample_L]) & (batch.ids_L != VISUAL_MARK)
 
 
 def _check_offsets(offsets: Tensor, total: int, what: str) -> None:

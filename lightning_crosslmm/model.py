@@ -13,33 +13,20 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lightning_crosslmm.batch import VideoBatch
+from lightning_crosslmm.batch import VISUAL_MARK, VideoBatch, question_mask
 from lightning_crosslmm.decoding import Decoding, Streamer
 from lightning_crosslmm.encoder import Encoder
 from lightning_crosslmm.errors import UserError
-from lightning_crosslmm.fusion import Fusion, FusionContext, frame_time
+from lightning_crosslmm.fusion import Fusion, FusionContext
 from lightning_crosslmm.llm import host_layer, insert_block
-from lightning_crosslmm.llm.layers import enable_checkpointing, packed_mask
+from lightning_crosslmm.llm.layers import enable_checkpointing, packed_mask, summarise
 from lightning_crosslmm.placement import Layout, fusion_context, place
-from lightning_crosslmm.pooler import Pooler, Stage
-from lightning_crosslmm.tokens import TokenSet, frame_in_visual
+from lightning_crosslmm.pooler import Pooler
+from lightning_crosslmm.taps import Questions
+from lightning_crosslmm.tokens import TokenSet
+from lightning_crosslmm.visuals import Visuals, VisualSide
 
 ROLES = ("encoder", "pooler", "projector", "fusion", "llm")
-
-
-@dataclass(frozen=True)
-class Visuals:
-    """The visual side of a batch.
-
-    Args:
-        pooled: what the LLM reads, at its width.
-        source: what fusion reads, at the LLM's or the encoder's width.
-        is_blank: a stand-in for a batch without visuals; takes no part but in the graph.
-    """
-
-    pooled: TokenSet
-    source: TokenSet
-    is_blank: bool
 
 
 @dataclass(frozen=True)
@@ -76,7 +63,7 @@ class Output:
     answer_Y: Tensor
 
 
-class CrossLMM(nn.Module):
+class CrossLMM(VisualSide):
     """A video LMM that reads few tokens per frame and re-reads all of them inside the LLM.
 
     ``source = encoder(frames); pooled = projector(pooler(source)); answer = LLM([pooled; text], source)``
@@ -103,62 +90,20 @@ class CrossLMM(nn.Module):
         fusion: Fusion,
         llm: PreTrainedModel,
     ) -> None:
-        super().__init__()
-        if missing := sorted(pooler.needs - encoder.gives):
-            raise UserError(
-                f"pooler {type(pooler).__name__} needs {', '.join(missing)}, encoder {type(encoder).__name__} gives "
-                f"{', '.join(sorted(encoder.gives))}; choose another pooler or encoder"
-            )
-        self.encoder, self.pooler, self.llm = encoder, pooler, llm
-        width = llm.config.hidden_size
-        self.projector = projector(encoder.width, width)
-        self.fusion_settings = fusion
-        self.tokens_per_frame = pooler.tokens_per_frame(encoder.grid)
-        source_width = encoder.width if fusion.key_source == "encoder" else width
-        layers = fusion.layers(llm.config.num_hidden_layers)
+        config, layers = llm.config, fusion.layers(llm.config.num_hidden_layers)
+        super().__init__(
+            encoder,
+            pooler,
+            projector,
+            llm_width=config.hidden_size,
+            key_source=fusion.key_source if layers else None,
+        )
+        self.llm, self.fusion_settings, self.fused_layers = llm, fusion, tuple(layers)
+        source_width = encoder.width if fusion.key_source == "encoder" else config.hidden_size
         for number in layers:
             block = fusion.block(host_layer(llm, number), number, source_width)
             insert_block(llm, number, block, before_layer=fusion.placement == "before_layer")
-        std, kind = llm.config.initializer_range, fusion.frame_time
-        reads_encoder = bool(layers) and fusion.key_source == "encoder"
-        self.frame_time = frame_time(kind, width, std)
-        self.encoder_time = frame_time(kind, encoder.width, std) if reads_encoder else None
-        self.fused_layers = tuple(layers)
-
-    def encode(self, batch: VideoBatch) -> Visuals:
-        """Encode, pool and project the visuals of a batch.
-
-        A training batch without any visual encodes one blank frame, so that every rank runs the same collectives and
-        every parameter has a gradient; what it gives is multiplied by 0.
-        """
-        is_blank = len(batch.frames_FCHW) == 0
-        frames_FCHW = batch.frames_FCHW
-        annotations = (batch.visual_offsets, batch.sample_of_visual, batch.frame_time_s_F)
-        if is_blank:
-            side = self.encoder.image_size
-            frames_FCHW = frames_FCHW.new_zeros(1, 3, side, side)
-            annotations = (torch.tensor([0, 1]), torch.tensor([0]), torch.zeros(1))
-        chunks = frames_FCHW.split(self.encoder.frames_per_chunk)
-        patches_FNE = torch.cat([self.encoder(chunk_FCHW) for chunk_FCHW in chunks])
-        tokens = TokenSet.from_grid(patches_FNE, self.encoder.grid, *annotations)
-        before = self.pooler.stage is Stage.BEFORE_PROJECTOR
-        needs_source = bool(self.fused_layers) and self.fusion_settings.key_source == "projected"
-        projected = self._project(tokens) if needs_source or not before else tokens
-        pooled = self._project(self.pooler(tokens)) if before else self.pooler(projected)
-        source = projected if needs_source else self._timed(tokens, self.encoder_time)
-        return Visuals(pooled, source, is_blank)
-
-    def _project(self, tokens: TokenSet) -> TokenSet:
-        return self._timed(tokens.with_features(self.projector(tokens.features_SD)), self.frame_time)
-
-    def _timed(self, tokens: TokenSet, embed: nn.Module | None) -> TokenSet:
-        if embed is None:
-            return tokens
-        device = tokens.features_SD.device
-        time_FD = embed(tokens.frame_time_s_F.to(device), frame_in_visual(tokens.visual_offsets))
-        tokens_F = tokens.frame_offsets.diff().to(device)
-        time_SD = time_FD.repeat_interleave(tokens_F, dim=0, output_size=tokens.num_tokens)
-        return tokens.with_features(tokens.features_SD + time_SD.to(tokens.features_SD.dtype))
+        self.add_time(fusion.frame_time, config.hidden_size, config.initializer_range)
 
     def prompt(self, batch: VideoBatch, *, pad_left: bool = False, keeps_keys: bool = False) -> Prompt:
         """Place a batch in front of the LLM.
@@ -174,9 +119,13 @@ class CrossLMM(nn.Module):
         embed: Any = self.llm.get_input_embeddings()
         device = embed.weight.device
         wants_visuals = len(batch.frames_FCHW) > 0 or self.training
-        visuals = self.encode(batch) if wants_visuals else None
+        visuals = self.encode(batch, self._questions(batch)) if wants_visuals else None
         layout = self._place(batch, visuals, pad_left)
         text_MD = embed(layout.text_ids_M.to(device, non_blocking=True))
+        if visuals is not None and visuals.question_QD is not None:
+            question_M = question_mask(batch)[batch.ids_L != VISUAL_MARK]
+            rewritten_QD = visuals.question_QD.to(text_MD.dtype)
+            text_MD = text_MD.index_copy(0, question_M.nonzero().flatten().to(device), rewritten_QD)
         flat_PD = text_MD.new_zeros(layout.num_rows * layout.num_positions, text_MD.shape[-1])
         flat_PD = flat_PD.index_copy(0, layout.text_position.to(device), text_MD)
         if visuals is not None and visuals.is_blank:
@@ -198,6 +147,19 @@ class CrossLMM(nn.Module):
             layout=layout,
             context=context,
         )
+
+    def _questions(self, batch: VideoBatch) -> Questions | None:
+        wants_summary = "question_summary" in self.pooler.needs
+        if not wants_summary and "question" not in self.pooler.needs:
+            return None
+        embed: Any = self.llm.get_input_embeddings()
+        mask_L = question_mask(batch)
+        sample_L = torch.repeat_interleave(torch.arange(batch.num_samples), batch.text_offsets.diff())
+        count_B = torch.bincount(sample_L[mask_L], minlength=batch.num_samples)
+        offsets = torch.cat([count_B.new_zeros(1), count_B.cumsum(0)])
+        features_QD = embed(batch.ids_L[mask_L].to(embed.weight.device))
+        summary_BD = summarise(self.llm, features_QD.detach(), offsets) if wants_summary else None
+        return Questions(features_QD, offsets, summary_BD)
 
     def _place(self, batch: VideoBatch, visuals: Visuals | None, pad_left: bool) -> Layout:
         if visuals is None or visuals.is_blank:
@@ -285,7 +247,7 @@ class CrossLMM(nn.Module):
         top = parameter_name.split(".", 1)[0]
         if top in ("frame_time", "encoder_time") or ".fusion." in parameter_name:
             return "fusion"
-        return top
+        return "projector" if top == "source_projector" else top
 
     def gradient_checkpointing_enable(self) -> None:
         """Recompute encoder blocks and decoder layers, fusion included, in the backward pass."""

@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lightning_crosslmm.batch import IGNORED, VISUAL_MARK, prompts_for
+from lightning_crosslmm.batch import IGNORED, VISUAL_MARK, prompts_for, question_mask
 from tests.tiny import TOKENIZER, tiny_batch
 
 
@@ -59,7 +59,10 @@ def test_prompts_end_where_the_answer_begins():
     texts = [prompts.ids_L[start:end] for start, end in prompts.text_offsets.unfold(0, 2, 1).tolist()]
     said = [TOKENIZER.decode([i for i in text.tolist() if i != VISUAL_MARK]) for text in texts]
     assert said == ["abc?no<|end|>d?", "abc?", "e?", "plain?"]
-    assert (prompts.labels_L == IGNORED).all() and (prompts.answer_L == -1).all()
+    assert (prompts.labels_L == IGNORED).all()
+    asked = prompts.ids_L[question_mask(prompts)]
+    assert TOKENIZER.decode(asked) == "abc?" + "abc?" + "e?" + "plain?", "the first question, also of a later turn"
+    assert torch.equal(asked[:4], batch.ids_L[question_mask(batch)][:4])
     assert prompts.row_of_sample.tolist() == [0, 1, 2, 3]
 
 

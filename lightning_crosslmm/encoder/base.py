@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_crosslmm.errors import UserError
+from lightning_crosslmm.taps import BlockHook, Taps
 
 
 class Encoder(nn.Module):
@@ -31,7 +32,8 @@ class Encoder(nn.Module):
     grid: tuple[int, int]
 
     gives: frozenset[str] = frozenset({"grid"})
-    """What a pooler may ask for: ``"grid"``, a regular raster of patches per frame."""
+    """What a pooler may ask for: ``"grid"``, a regular raster of patches per frame; ``"saliency.KIND"``, ``"keys"`` and
+    ``"layers"`` (see `taps.Asks`); ``"blocks"``, a `taps.BlockHook` between the tower's blocks."""
     mean_C11: Tensor
     std_C11: Tensor
 
@@ -54,14 +56,24 @@ class Encoder(nn.Module):
         """Run the tower: normalised (F, C, H, W) to (F, N, E), raster order, no class or register tokens."""
         raise NotImplementedError
 
-    def forward(self, frames_FCHW: Tensor) -> Tensor:
+    def tapped_patches(self, pixels_FCHW: Tensor, taps: Taps) -> Tensor:
+        """Run the tower as `patches` does and fill in what `taps` asks for."""
+        raise NotImplementedError(f"{type(self).__name__} gives no taps")
+
+    def hooked_patches(self, pixels_FCHW: Tensor, hook: BlockHook) -> Tensor:
+        """Run the tower with a hook between its blocks: (F, n, E), what is left without prefix tokens."""
+        raise NotImplementedError(f"{type(self).__name__} runs no hooks")
+
+    def forward(self, frames_FCHW: Tensor, taps: Taps | None = None, hook: BlockHook | None = None) -> Tensor:
         """Encode one chunk of frames.
 
         Args:
             frames_FCHW: uint8, H = W = `image_size`.
+            taps: to be filled in on the way.
+            hook: acts between the blocks.
 
         Returns:
-            (F, N, E) in the tower's dtype.
+            (F, N, E) in the tower's dtype; with a hook as many tokens as it leaves.
 
         Raises:
             UserError: the frames have another size.
@@ -71,7 +83,10 @@ class Encoder(nn.Module):
                 f"the encoder expects frames of {self.image_size}x{self.image_size} pixels, got "
                 f"{frames_FCHW.shape[-2]}x{frames_FCHW.shape[-1]}; set data.image_size to encoder.image_size"
             )
-        return self.patches(self.normalise(frames_FCHW))
+        pixels_FCHW = self.normalise(frames_FCHW)
+        if hook is not None:
+            return self.hooked_patches(pixels_FCHW, hook)
+        return self.patches(pixels_FCHW) if taps is None else self.tapped_patches(pixels_FCHW, taps)
 
     def gradient_checkpointing_enable(self) -> None:
         """Recompute the tower's blocks in the backward pass."""

@@ -29,8 +29,8 @@ class TransformersEncoder(Encoder):
         the authors say theirs is built, does with SigLIP, and it fits the FLOPs of their Fig. 4.
 
     Args:
-        weights: a folder or hub name whose vision tower is loaded; None starts from random weights. Not loaded on the
-            meta device.
+        weights: a folder or hub name whose vision tower is loaded, in float32; None starts from random weights. Not
+            loaded on the meta device.
         config: geometry of the tower (``model_type``, ``hidden_size``, ...). Beside `weights` it is a claim: an entry
             that the checkpoint contradicts is refused.
         image_size: pixels per side.
@@ -115,7 +115,7 @@ def _build_tower(config: Mapping[str, Any], weights: str | None, attention: str)
                 raise UserError(
                     f"encoder.config.{key} is {value}, but the checkpoint in encoder.weights '{weights}' has {has}"
                 )
-        return tower_class.from_pretrained(weights, attn_implementation=attention)
+        return tower_class.from_pretrained(weights, attn_implementation=attention, dtype=torch.float32)
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(
             f"encoder.weights '{weights}' is no checkpoint folder or hub name of a {kind}: {error}"

@@ -140,6 +140,25 @@ def enable_checkpointing(llm: PreTrainedModel) -> None:
     enable({"use_reentrant": False})
 
 
+@torch.no_grad()
+def summarise(llm: PreTrainedModel, embeds_QD: Tensor, offsets: Tensor) -> Tensor:
+    """Read texts with the LLM alone and give its last hidden state at the last token of each: (B, D).
+
+    Args:
+        llm: a causal model.
+        embeds_QD: input embeddings of all texts one after the other.
+        offsets: (B+1,) int64 on the CPU; an empty text gives zeros.
+    """
+    count_B = offsets.diff()
+    inside_BT = (torch.arange(max(1, int(count_B.max()))) < count_B[:, None]).to(embeds_QD.device)
+    embeds_BTD = embeds_QD.new_zeros(*inside_BT.shape, embeds_QD.shape[-1])
+    embeds_BTD = embeds_BTD.masked_scatter(inside_BT[..., None], embeds_QD)
+    hidden_BTD = llm.model(inputs_embeds=embeds_BTD, attention_mask=inside_BT.long(), use_cache=False).last_hidden_state
+    last_B = (count_B - 1).clamp(min=0).to(embeds_QD.device)
+    summary_BD = hidden_BTD[torch.arange(len(last_B), device=last_B.device), last_B]
+    return summary_BD * (count_B > 0).to(summary_BD)[:, None]
+
+
 def packed_mask(sample_RT: Tensor, implementation: str, dtype: torch.dtype) -> Tensor:
     """Build the (R, 1, T, T) mask of packed rows: causal, and within one sample.
 

@@ -36,7 +36,8 @@ def load_llm(config: Mapping[str, Any], weights: str | None = None, attention: s
         attention: attention backend of transformers: ``sdpa``, ``eager``, ``flash_attention_2``.
 
     Returns:
-        The causal model, in float32 when built, in the checkpoint's dtype when loaded.
+        The causal model, in float32: what is trained keeps its master weights; the trainer's precision says what it
+        computes in.
 
     Raises:
         UserError: an unknown layout or entry, a folder that is no checkpoint, or one that contradicts `config`.
@@ -64,7 +65,7 @@ def load_llm(config: Mapping[str, Any], weights: str | None = None, attention: s
                     f"llm.model.config.{key} is {value}, but the checkpoint in llm.model.weights "
                     f"'{weights}' has {getattr(found, key, None)}"
                 )
-        return AutoModelForCausalLM.from_pretrained(weights, attn_implementation=attention)
+        return AutoModelForCausalLM.from_pretrained(weights, attn_implementation=attention, dtype=torch.float32)
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise UserError(
             f"llm.model with weights '{weights}' and attention '{attention}' could not be built: {error}"

@@ -2,17 +2,24 @@
 
 from enum import StrEnum
 
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_crosslmm.errors import UserError, nearest
+from lightning_crosslmm.taps import Asks, BlockHook
 from lightning_crosslmm.tokens import TokenSet
 
 
 class Stage(StrEnum):
     """Where a pooler acts."""
 
+    IN_ENCODER = "in_encoder"
+    """Between the blocks of the tower (see `taps.BlockHook`)."""
+
     BEFORE_PROJECTOR = "before_projector"
     """On the encoder's tokens, at the encoder's width: the order of the CrossLMM paper."""
+
+    AS_PROJECTOR = "as_projector"
+    """On the encoder's tokens, in the projector's place: it gives the LLM's width itself."""
 
     AFTER_PROJECTOR = "after_projector"
     """On projected tokens, at the LLM's width, as in LLaVA-NeXT's code; not the same unless the projector is linear."""
@@ -21,41 +28,86 @@ class Stage(StrEnum):
 class Pooler(nn.Module):
     """Map a token set to a smaller one.
 
-    Subclasses set the declarations and write `forward`. Asks that cannot be met (a grid after the grid is gone) fail
-    when the model is built.
+    Subclasses set the declarations and write `forward`. Asks that cannot be met (a class token on SigLIP, a grid after
+    the grid is gone) fail when the model is built, naming both sides.
 
     Args:
-        stage: where it acts, ``before_projector`` or ``after_projector``.
+        stage: where it acts, one of `stages`.
 
     Raises:
-        UserError: `stage` is neither.
+        UserError: `stage` is another.
     """
 
+    stages: tuple[Stage, ...] = (Stage.BEFORE_PROJECTOR, Stage.AFTER_PROJECTOR)
+    """Where a pooler of this kind may act."""
+
     needs: frozenset[str] = frozenset()
-    """What it asks of its input: ``"grid"``, a regular raster of tokens per frame."""
+    """What it asks for beyond `asks`: ``"grid"`` (a regular raster of tokens per frame), ``"blocks"`` (a tower that
+    runs a `BlockHook`), ``"question"`` (a `Questions`) or ``"question_summary"`` (one with its summary)."""
+
+    asks: Asks = Asks()
+    """What it wants to see of the tower; with any, `forward` gets ``taps=``, a `Taps` over the frames of the set."""
 
     def __init__(self, stage: str = Stage.BEFORE_PROJECTOR) -> None:
         super().__init__()
-        if stage not in list(Stage):
+        if stage not in self.stages:
             raise UserError(
-                f"pooler.stage is '{stage}'; right are {', '.join(Stage)}{nearest(str(stage), list(Stage))}"
+                f"pooler.stage is '{stage}'; right for {type(self).__name__} are {', '.join(self.stages)}"
+                f"{nearest(str(stage), list(self.stages))}"
             )
         self.stage = Stage(stage)
 
+    def connect(self, in_width: int, llm_width: int, grid: tuple[int, int]) -> int:
+        """Learn what stands around, and make the parameters that depend on it; called once, when the model is built.
+
+        Args:
+            in_width: of the tokens it will get.
+            llm_width: of the tokens the LLM reads.
+            grid: the encoder's rows and columns.
+
+        Returns:
+            The width of the tokens it will give.
+
+        Raises:
+            UserError: this encoder does not suit.
+        """
+        return in_width
+
     def tokens_per_frame(self, grid: tuple[int, int]) -> int | None:
-        """How many tokens a frame of `grid` patches becomes; None when it depends on the picture."""
+        """How many tokens a frame of `grid` patches becomes; None when it depends on the picture or the clip."""
         raise NotImplementedError(f"{type(self).__name__} must say tokens_per_frame(grid)")
 
     def forward(self, tokens: TokenSet) -> TokenSet:
         """Pool every frame (or clip) of the set.
 
+        Those with `asks` get ``taps=`` too, those that need a question ``questions=``; a pooler that rewrites the
+        question's embeddings gives a pair of set and new (Q, D) embeddings.
+
         Args:
             tokens: the encoder's tokens, or the projected ones, as `stage` says.
 
         Returns:
-            A set over the same frames and visuals, its source map chained to that of `tokens`.
+            A set over the same frames and visuals (a frame may end with no token), its source map chained to that of
+            `tokens`.
         """
         raise NotImplementedError(f"{type(self).__name__} must define forward(tokens)")
+
+    def hook(self) -> BlockHook:
+        """Make the hook for one chunk of frames; only for `Stage.IN_ENCODER`."""
+        raise NotImplementedError(f"{type(self).__name__} acts in the encoder and must make a hook()")
+
+    def collect(self, hooks: list[BlockHook], outputs: list[Tensor], patches: TokenSet) -> tuple[TokenSet, TokenSet]:
+        """Make sets of what the tower gave with the hooks; only for `Stage.IN_ENCODER`.
+
+        Args:
+            hooks: those of the chunks, in order.
+            outputs: the tower's outputs (F, n, E) for them, without prefix tokens.
+            patches: boundaries and annotations of the patches as they would have been; its features hold nothing.
+
+        Returns:
+            The pooled set, and the source set that fusion reads (the same where the patches no longer exist).
+        """
+        raise NotImplementedError(f"{type(self).__name__} acts in the encoder and must collect()")
 
 
 def check_grid(name: str, rows: int, columns: int, grid: tuple[int, int]) -> None:

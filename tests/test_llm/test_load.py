@@ -26,9 +26,12 @@ def test_a_folder_saved_by_transformers(kind, shard_size, tmp_path):
         assert torch.equal(found, expected), name
 
 
-def test_the_checkpoints_dtype_is_kept(tmp_path):
-    tiny_llm().bfloat16().save_pretrained(tmp_path)
-    assert next(load_llm(claims("qwen2"), weights=str(tmp_path)).parameters()).dtype == torch.bfloat16
+def test_a_checkpoint_in_half_precision_gets_master_weights_in_single(tmp_path):
+    saved = tiny_llm().bfloat16()
+    saved.save_pretrained(tmp_path)
+    llm = load_llm(claims("qwen2"), weights=str(tmp_path))
+    for name, parameter in llm.named_parameters():
+        assert parameter.dtype == torch.float32 and torch.equal(parameter, saved.get_parameter(name).float()), name
 
 
 def test_geometry_alone_gives_random_weights_in_single_precision():

@@ -1,0 +1,173 @@
+"""The visual side of CrossLMM: frames to the pooled tokens that the LLM reads and the source tokens that fusion reads.
+
+Axis letters:
+    F  frames    C H W  channels, pixel rows and columns    N  patches per frame    S  tokens    E D  encoder, LLM width
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_crosslmm.batch import VideoBatch
+from lightning_crosslmm.encoder import Encoder
+from lightning_crosslmm.errors import UserError
+from lightning_crosslmm.fusion import frame_time
+from lightning_crosslmm.pooler import Pooler, Stage
+from lightning_crosslmm.taps import Questions, Taps
+from lightning_crosslmm.tokens import TokenSet, frame_in_visual
+
+
+@dataclass(frozen=True)
+class Visuals:
+    """The visual side of a batch.
+
+    Args:
+        pooled: what the LLM reads, at its width.
+        source: what fusion reads, at the LLM's or the encoder's width.
+        is_blank: a stand-in for a batch without visuals; takes no part but in the graph.
+        question_QD: the question's embeddings where the pooler rewrote them, else None.
+    """
+
+    pooled: TokenSet
+    source: TokenSet
+    is_blank: bool
+    question_QD: Tensor | None = None
+
+
+class VisualSide(nn.Module):
+    """Encoder, pooler and projector, and the embedding of time that their tokens carry.
+
+    ``source = encoder(frames); pooled = projector(pooler(source))``, or in the order that the pooler's stage says.
+
+    Args:
+        encoder: frames to source tokens.
+        pooler: source tokens to pooled tokens.
+        projector: called as ``projector(in_width, out_width)``, gives the module. There are two of them where the
+            pooler changes the width before the projector and fusion reads projected tokens, and none where nobody asks.
+        llm_width: D.
+        key_source: what fusion reads, ``projected`` or ``encoder``; None without fusion.
+
+    Raises:
+        UserError: pooler and encoder do not fit, naming both.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        pooler: Pooler,
+        projector: Callable[[int, int], nn.Module],
+        llm_width: int,
+        key_source: str | None,
+    ) -> None:
+        super().__init__()
+        if missing := sorted((pooler.needs | pooler.asks.needs) - encoder.gives - {"question", "question_summary"}):
+            substitutes = [word for word in sorted(encoder.gives) if word.startswith("saliency.")]
+            mend = "choose another pooler or encoder"
+            if missing[0].startswith("saliency.") and substitutes:
+                mend = f"set pooler.saliency={substitutes[0].removeprefix('saliency.')}, or {mend}"
+            raise UserError(
+                f"pooler {type(pooler).__name__} needs {', '.join(missing)}, encoder {type(encoder).__name__} gives "
+                f"{', '.join(sorted(encoder.gives))}; {mend}"
+            )
+        self.encoder, self.pooler, self.key_source = encoder, pooler, key_source
+        is_projected = pooler.stage is Stage.AFTER_PROJECTOR
+        pooled_width = pooler.connect(llm_width if is_projected else encoder.width, llm_width, encoder.grid)
+        in_width = encoder.width if is_projected else pooled_width
+        pools_projected_tokens = pooler.stage is not Stage.AS_PROJECTOR
+        reads_projected = key_source == "projected"
+        if not pools_projected_tokens:
+            in_width = encoder.width
+        has_projector = pools_projected_tokens or reads_projected
+        self.projector = projector(in_width, llm_width) if has_projector else None
+        needs_own = reads_projected and in_width != encoder.width
+        self.source_projector = projector(encoder.width, llm_width) if needs_own else None
+        self.tokens_per_frame = pooler.tokens_per_frame(encoder.grid)
+        self.frame_time: nn.Module | None = None
+        self.encoder_time: nn.Module | None = None
+
+    def add_time(self, kind: str, llm_width: int, init_std: float) -> None:
+        """Let tokens carry their time, those that fusion reads from the encoder at the encoder's width.
+
+        Args:
+            kind: see `fusion.frame_time`.
+            llm_width: D.
+            init_std: of fresh embeddings.
+        """
+        self.frame_time = frame_time(kind, llm_width, init_std)
+        if self.key_source == "encoder":
+            self.encoder_time = frame_time(kind, self.encoder.width, init_std)
+
+    def encode(self, batch: VideoBatch, questions: Questions | None = None) -> Visuals:
+        """Encode, pool and project the visuals of a batch.
+
+        A training batch without any visual encodes one blank frame, so that every rank runs the same collectives and
+        every parameter has a gradient; what it gives is multiplied by 0.
+
+        Args:
+            batch: samples.
+            questions: of its samples, for a pooler that needs them.
+        """
+        is_blank = len(batch.frames_FCHW) == 0
+        frames_FCHW = batch.frames_FCHW
+        annotations = (batch.visual_offsets, batch.sample_of_visual, batch.frame_time_s_F)
+        if is_blank:
+            side = self.encoder.image_size
+            frames_FCHW = frames_FCHW.new_zeros(1, 3, side, side)
+            annotations = (torch.tensor([0, 1]), torch.tensor([0]), torch.zeros(1))
+        if self.pooler.stage is Stage.IN_ENCODER:
+            return self._encode_hooked(frames_FCHW, annotations, is_blank)
+        patches_FNE, asked = self._patches(frames_FCHW)
+        if questions is not None:
+            asked["questions"] = questions
+        tokens = TokenSet.from_grid(patches_FNE, self.encoder.grid, *annotations)
+        projected = None
+        if self.key_source == "projected" or self.pooler.stage is Stage.AFTER_PROJECTOR:
+            projected = self._project(tokens, self.source_projector or self.projector)
+        given = projected if self.pooler.stage is Stage.AFTER_PROJECTOR else tokens
+        result = self.pooler(given, **asked)
+        pooled, question_QD = result if isinstance(result, tuple) else (result, None)
+        if self.pooler.stage is Stage.BEFORE_PROJECTOR:
+            pooled = self._project(pooled, self.projector)
+        elif self.pooler.stage is Stage.AS_PROJECTOR:
+            pooled = self._timed(pooled, self.frame_time)
+        return Visuals(pooled, self._source(tokens, projected), is_blank, question_QD)
+
+    def _patches(self, frames_FCHW: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        chunks = frames_FCHW.split(self.encoder.frames_per_chunk)
+        if not self.pooler.asks.needs:
+            return torch.cat([self.encoder(chunk_FCHW) for chunk_FCHW in chunks]), {}
+        taps = [Taps(self.pooler.asks) for _ in chunks]
+        patches_FNE = torch.cat([self.encoder(chunk, taps=tap) for chunk, tap in zip(chunks, taps, strict=True)])
+        return patches_FNE, {"taps": Taps.joined(taps)}
+
+    def _encode_hooked(self, frames_FCHW: Tensor, annotations: tuple[Tensor, ...], is_blank: bool) -> Visuals:
+        chunks = frames_FCHW.split(self.encoder.frames_per_chunk)
+        hooks = [self.pooler.hook() for _ in chunks]
+        outputs = [self.encoder(chunk, hook=hook) for chunk, hook in zip(chunks, hooks, strict=True)]
+        rows, columns = self.encoder.grid
+        nothing_FN0 = outputs[0].new_empty(len(frames_FCHW), rows * columns, 0)
+        patches = TokenSet.from_grid(nothing_FN0, self.encoder.grid, *annotations)
+        pooled, tokens = self.pooler.collect(hooks, outputs, patches)
+        projected = self._project(tokens, self.projector) if self.key_source == "projected" else None
+        is_shared = pooled is tokens and projected is not None
+        read = projected if is_shared else self._project(pooled, self.projector)
+        return Visuals(read, self._source(tokens, projected), is_blank)
+
+    def _source(self, tokens: TokenSet, projected: TokenSet | None) -> TokenSet:
+        return projected if self.key_source == "projected" else self._timed(tokens, self.encoder_time)
+
+    def _project(self, tokens: TokenSet, projector: nn.Module | None) -> TokenSet:
+        assert projector is not None, "built wherever it is called"
+        return self._timed(tokens.with_features(projector(tokens.features_SD)), self.frame_time)
+
+    def _timed(self, tokens: TokenSet, embed: nn.Module | None) -> TokenSet:
+        if embed is None:
+            return tokens
+        device = tokens.features_SD.device
+        time_FD = embed(tokens.frame_time_s_F.to(device), frame_in_visual(tokens.visual_offsets))
+        tokens_F = tokens.frame_offsets.diff().to(device)
+        time_SD = time_FD.repeat_interleave(tokens_F, dim=0, output_size=tokens.num_tokens)
+        return tokens.with_features(tokens.features_SD + time_SD.to(tokens.features_SD.dtype))
