@@ -62,6 +62,8 @@ def encode_image(array_HWC, codec, pix_fmt):
 class FrameSamplingAt:
     """One moment of our choice, in the place of a FrameSampling."""
 
+    mode = "uniform"
+
     def __init__(self, time_s):
         self.time_s = time_s
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from lightning_crosslmm import video_file
 from lightning_crosslmm.errors import UserError
 from lightning_crosslmm.video import FrameSampling, encode_video, probe_video, read_clip, read_image
 from tests.clips import EIGHT, FrameSamplingAt, encode_image, mux, numbered_frames, numbers, refused
@@ -58,6 +59,43 @@ def test_uniform_and_rate_return_the_frames_on_screen(codec):
     assert clip.frame_time_s_F.dtype == torch.float32
     assert clip.frame_time_s_F.tolist() == pytest.approx([0.2, 0.7, 1.2, 1.7, 2.2, 2.7, 3.2, 3.7])
     assert numbers(read_clip(video, "clip", FrameSampling("rate", rate_hz=2.5, max_frames=99))) == list(range(0, 40, 4))
+
+
+@pytest.mark.parametrize("codec", ["libx264", "libx265"])
+def test_keyframes_gives_the_nearest_ones_at_their_own_times(codec):
+    video = encode_video(numbered_frames(40), 10.0, codec, preset="medium", gop=8)
+    keys = [round(10 * time_s) for time_s in probe_video(video, "clip").keyframe_times_s]
+    assert len(keys) > 4
+    clip = read_clip(video, "clip", FrameSampling("keyframes", num_frames=8))
+    nearest = [
+        min(keys, key=lambda key, t=wanted: abs(key - t)) for wanted in (2.5, 7.5, 12.5, 17.5, 22.5, 27.5, 32.5, 37.5)
+    ]
+    assert numbers(clip) == nearest
+    assert clip.frame_time_s_F.tolist() == pytest.approx([key / 10 for key in nearest])
+
+
+@pytest.mark.parametrize(("fmt", "codec"), [("matroska", "libx264"), ("mpegts", "libx264"), ("webm", "libvpx-vp9")])
+def test_keyframes_in_other_containers(tmp_path, fmt, codec):
+    if codec not in av.codecs_available:
+        pytest.skip(f"this build of FFmpeg has no {codec}")
+    options = {"deadline": "realtime", "cpu-used": "8", "b": "1M"} if "vpx" in codec else {"preset": "medium"}
+    path = mux(tmp_path / "clip", range(0, 2400, 40), fmt, codec, options | {"g": "10"})
+    keys = probe_video(path, "clip").keyframe_times_s
+    clip = read_clip(path, "clip", FrameSampling("keyframes", num_frames=4))
+    assert len(keys) > 3 and clip.frame_time_s_F.tolist() == pytest.approx(
+        [min(keys, key=lambda key, t=wanted: abs(key - t)) for wanted in (0.3, 0.9, 1.5, 2.1)], abs=2e-3
+    )
+
+
+def test_keyframes_decodes_nothing_between_them(monkeypatch):
+    video = encode_video(numbered_frames(60), 10.0, preset="medium", gop=20)
+    decoded = []
+    plain = video_file.VideoFile._keyframe_at
+    monkeypatch.setattr(
+        video_file.VideoFile, "_keyframe_at", lambda file, pts, goal: decoded.append(pts) or plain(file, pts, goal)
+    )
+    clip = read_clip(video, "clip", FrameSampling("keyframes", num_frames=30))
+    assert len(clip.frames_FCHW) == 30 and len(decoded) == len(set(numbers(clip))) == 3
 
 
 def test_path_and_bytes_read_alike(tmp_path):
