@@ -20,19 +20,19 @@ def main(words: Sequence[str] | None = None) -> int:
     """
     arguments = _parser().parse_args(words)
     try:
-        arguments.run(arguments)
+        return arguments.run(arguments) or 0
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
     except BrokenPipeError:  # the reader has gone (`crosslmm ask ... | head`); nobody is left to tell
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="crosslmm", description="Pack videos into shards, and ask trained runs about videos."
+        prog="crosslmm",
+        description="Pack videos into shards, index and verify shards, ask trained runs.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -44,6 +44,24 @@ def _parser() -> argparse.ArgumentParser:
     pack.add_argument("--overwrite", action="store_true", help="replace shards that lie in OUT_DIR")
     pack.add_argument("--skip-bad", action="store_true", help="leave damaged and missing files out, and list them")
     pack.set_defaults(run=_pack)
+
+    index = commands.add_parser("index", help="write indexes for shards that others wrote")
+    _add_shards(index)
+    index.add_argument("--overwrite", action="store_true", help="write indexes anew that are there")
+    index.add_argument("--skip-bad", action="store_true", help="leave damaged samples out, and list them")
+    index.set_defaults(run=_index)
+
+    verify = commands.add_parser("verify", help="check shards end to end, and name every damaged member")
+    _add_shards(verify)
+    verify.add_argument("--decode", action="store_true", help="decode every frame of every clip, too")
+    verify.add_argument("--timeout-s", type=float, default=600.0, help="longest time to decode one clip (600)")
+    verify.set_defaults(run=_verify)
+
+    export = commands.add_parser("export", help="write a run's weights as safetensors, with config and provenance")
+    export.add_argument("run_dir", type=Path, help="a folder that train.py wrote")
+    export.add_argument("out_dir", type=Path, help="the folder to make")
+    export.add_argument("--checkpoint", metavar="best|last|PATH", help="the best one, or else the last, if not given")
+    export.set_defaults(run=_export)
 
     ask = commands.add_parser("ask", help="ask a trained run about a video or an image")
     ask.add_argument("video", type=Path)
@@ -58,6 +76,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     ask.set_defaults(run=_ask)
     return parser
+
+
+def _add_shards(command: argparse.ArgumentParser) -> None:
+    command.add_argument("shards", help="a folder, a .tar or a pattern as a/shard-{000000..000003}.tar")
+    command.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes, a shard at a time each")
 
 
 def _pack(arguments: argparse.Namespace) -> None:
@@ -78,6 +101,59 @@ def _pack(arguments: argparse.Namespace) -> None:
         f"{report.num_samples} conversations in {report.num_shards} shards, {mebibytes:.1f} MiB, "
         f"in {arguments.out_dir}\n"
     )
+
+
+def _index(arguments: argparse.Namespace) -> int:
+    from lightning_crosslmm.shard_indexing import index_shards
+
+    report = index_shards(
+        arguments.shards, num_workers=arguments.workers, overwrite=arguments.overwrite, skip_bad=arguments.skip_bad
+    )
+    for reason in report.skipped:
+        sys.stderr.write(f"skipped {reason}\n")
+    if report.left_out:
+        kinds = ", ".join(f"{kind} ({count})" for kind, count in sorted(report.left_out.items()))
+        sys.stderr.write(f"left out, as they are neither texts nor visuals: {kinds}\n")
+    for reason in report.failed:
+        sys.stderr.write(f"not indexed: {reason}\n")
+    kept = f", {report.num_kept} of them as before" if report.num_kept else ""
+    sys.stdout.write(f"{report.num_samples} samples in {report.num_shards} shards with an index{kept}\n")
+    return 1 if report.failed else 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from lightning_crosslmm.shard_verify import Finding, verify_shards
+
+    def say(finding: Finding) -> None:
+        sys.stdout.write(f"damaged: {finding.message}\n")
+        sys.stdout.flush()
+
+    report = verify_shards(
+        arguments.shards,
+        say,
+        num_workers=arguments.workers,
+        decode=arguments.decode,
+        timeout_s=arguments.timeout_s,
+    )
+    if report.num_unlisted:
+        sys.stdout.write(f"{report.num_unlisted} samples are in no index: they were left out when it was made\n")
+    if report.unindexed:
+        first = f"{report.unindexed[0]} first"
+        sys.stdout.write(f"{len(report.unindexed)} shards have no index, so no checksum holds their bytes ({first})\n")
+    found = f"{report.num_findings} are damaged" if report.num_findings else "nothing is damaged"
+    sys.stdout.write(
+        f"{report.num_shards} shards, {report.num_samples} samples, {report.num_members} members, "
+        f"{report.num_bytes / 2**20:.1f} MiB: {found}\n"
+    )
+    return 1 if report.num_findings else 0
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from lightning_crosslmm.export import export_run
+
+    taken = export_run(arguments.run_dir, arguments.out_dir, arguments.checkpoint)
+    num_bytes = sum(path.stat().st_size for path in arguments.out_dir.glob("*.safetensors"))
+    sys.stdout.write(f"{taken} as {num_bytes / 2**20:.1f} MiB of safetensors in {arguments.out_dir}\n")
 
 
 def _ask(arguments: argparse.Namespace) -> None:

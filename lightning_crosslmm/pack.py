@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from lightning_crosslmm.conversation import Conversation, Visual, read_conversations
+from lightning_crosslmm.conversation import Conversation, Visual
+from lightning_crosslmm.conversation_formats import read_conversations
 from lightning_crosslmm.errors import UserError, nearest
 from lightning_crosslmm.shards import SampleInfo, ShardWriter
 from lightning_crosslmm.video import VideoInfo, probe_video, read_image

@@ -1,7 +1,8 @@
 """The index of a shard: where each member lies, its checksum, and what the sample holds.
 
 A sample is ``KEY.json`` (a conversation) and a member per visual, ``KEY.0.mp4``, ``KEY.1.jpg``, next to each other in a
-plain tar. The index lies beside the tar: ``shard-000000.tar`` has ``shard-000000.index.json``.
+plain tar; others' layouts stand in ``conversation_members.py``. The index lies beside the tar: ``shard-000000.tar`` has
+``shard-000000.index.json``.
 """
 
 import hashlib
@@ -11,14 +12,23 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, Self
+from typing import Any, BinaryIO, NamedTuple, Protocol, Self
 
+from lightning_crosslmm.conversation import Conversation
+from lightning_crosslmm.conversation_members import IMAGE_EXTENSIONS, TEXTS, VIDEO_EXTENSIONS
 from lightning_crosslmm.errors import UserError
 
 VERSION = 1
-BLOCK = 512
-MEDIA = ("mp4", "mkv", "webm", "avi", "mov", "gif", "jpg", "jpeg", "png", "webp")
-_EXTENSION = re.compile(rf"json|(0|[1-9]\d*)\.({'|'.join(MEDIA)})")
+INDEX = ".index.json"  # in the place of ".tar"
+MAX_MEMBER_BYTES = 1 << 30
+"""Largest member that is read: a worker has a sample in memory, whole, next to its decoded frames."""
+MAX_TEXT_BYTES = 16 << 20
+"""Largest ``json`` or ``txt``: parsed, it takes many times as much."""
+
+_READ = re.compile(rf"{'|'.join(TEXTS)}|([^./]+\.)?({'|'.join(VIDEO_EXTENSIONS + IMAGE_EXTENSIONS)})")
+_PICKLED = {"pyd", "pkl", "pickle", "pth", "pt", "ckpt", "joblib", "dill"}  # to read one is to run what it says
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+_META = re.compile(r"__[^/]*__($|/)")
 
 
 class Member(NamedTuple):
@@ -45,18 +55,7 @@ class VideoFacts(Protocol):
         """Key frames, in seconds from its start."""
 
 
-class Keyed(Protocol):
-    """What the writer asks of a conversation; ``conversation.Conversation`` has it."""
-
-    @property
-    def key(self) -> str:
-        """Name of the sample."""
-
-    def to_json(self) -> bytes:
-        """Write what lies in the shard as ``KEY.json``."""
-
-
-Probe = Callable[[bytes, str], VideoFacts]
+Probe = Callable[[BinaryIO, str], VideoFacts]
 
 
 @dataclass(frozen=True)
@@ -154,7 +153,7 @@ class ShardIndex:
 def _read_entry(record: dict[str, Any], num_bytes: int) -> SampleEntry:
     members = {ext: Member(int(m[0]), int(m[1]), str(m[2])) for ext, m in record["members"].items()}
     for ext, (offset, size, _) in members.items():
-        if not _EXTENSION.fullmatch(ext) or not 0 <= offset <= offset + size <= num_bytes:
+        if too_large(ext, size) or not is_read(ext) or not 0 <= offset <= offset + size <= num_bytes:
             raise ValueError(f"member {ext!r} of {record['key']!r} at {offset} with {size} of {num_bytes} bytes")
     return SampleEntry(
         key=str(record["key"]),
@@ -169,17 +168,12 @@ def _read_entry(record: dict[str, Any], num_bytes: int) -> SampleEntry:
 
 def index_path(tar_path: str | Path) -> Path:
     """Say where the index of a tar lies: ``a.tar`` has ``a.index.json``."""
-    return Path(tar_path).with_suffix(".index.json")
-
-
-def padded(size: int) -> int:
-    """Round a member's size up to what it takes in a tar, which is made of blocks of 512 bytes."""
-    return -(-size // BLOCK) * BLOCK
+    return Path(tar_path).with_suffix(INDEX)
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file under its name with ``.partial`` added, then rename it: a reader finds the whole file or none."""
-    partial = path.with_name(f"{path.name}.partial")
+    """Write a file under its name with ``.new`` added, then rename it: a reader finds the whole file or none."""
+    partial = path.with_name(f"{path.name}.new")
     with open(partial, "wb") as file:
         file.write(data)
         file.flush()
@@ -187,60 +181,43 @@ def write_atomic(path: Path, data: bytes) -> None:
     os.replace(partial, path)
 
 
-def split_member(name: str, where: str) -> tuple[str, str]:
-    """Split a member's name into key and extension where WebDataset splits it: at the first dot after the last slash.
+def split_member(name: str, where: str) -> tuple[str, str] | None:
+    """Split a member's name into key and extension where WebDataset does: at the first dot after the last slash.
+
+    Returns:
+        None for what WebDataset skips, too: names without extension, names that begin with a dot, ``__meta__``.
 
     Raises:
-        UserError: names the tar and a member that leads out of it or is neither JSON nor media.
+        UserError: names the tar and a member that leads out of it, or that is pickled.
     """
     folder, slash, base = name.rpartition("/")
-    key, _, extension = base.partition(".")
-    if name.startswith("/") or ".." in folder.split("/") or not key or base == "..":
-        raise UserError(f"{where}: the member '{name}' must have a relative name KEY.EXTENSION without '..'")
-    if not _EXTENSION.fullmatch(extension.lower()):
+    if name.startswith("/") or ".." in name.split("/") or _CONTROL.search(name):
+        raise UserError(f"{where}: the member {name!r} is not allowed: a name is relative, in plain text, without '..'")
+    key, dot, extension = base.partition(".")
+    if not key or not dot or _META.match(name):
+        return None
+    if _PICKLED & set(extension.lower().split(".")):
         raise UserError(
-            f"{where}: the member '{name}' is not allowed; a sample is KEY.json and KEY.0.EXT, KEY.1.EXT, ... in the "
-            f"order of its visuals, EXT one of {', '.join(MEDIA)}"
+            f"{where}: the member '{name}' is not allowed: to unpickle a file is to run what it says, so none "
+            "is opened; write the shard without it"
         )
     return folder + slash + key, extension.lower()
 
 
-class SampleText(NamedTuple):
-    """What the index takes from a sample's JSON: kind and member of each visual, UTF-8 bytes, question types."""
-
-    visuals: tuple[tuple[str, str], ...]
-    text_bytes: int
-    answer_kinds: tuple[str, ...]
+def is_read(extension: str) -> bool:
+    """Tell whether a member is a text or a visual; others are left alone."""
+    return _READ.fullmatch(extension) is not None
 
 
-def read_text(blobs: Mapping[str, bytes], where: str) -> SampleText:
-    """Read a sample's JSON and hold it against the members that came with it.
-
-    Raises:
-        UserError: names the sample where its JSON is none, or its members are not those that the JSON names.
-    """
-    if "json" not in blobs:
-        raise UserError(f"{where}: has the members {sorted(blobs)}, but no 'json' with its conversation")
-    try:
-        record = json.loads(blobs["json"])
-        text = SampleText(
-            tuple((str(visual["kind"]), str(visual["member"])) for visual in record["visuals"]),
-            sum(len(message["content"].encode()) for message in record["messages"]),
-            tuple(str(kind) for kind in record["answer_kinds"]),
-        )
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        fields = "messages, visuals and answer_kinds"
-        raise UserError(f"{where}: its 'json' is no conversation with {fields} ({error!r})") from error
-    named, present = sorted(member for _, member in text.visuals), sorted(set(blobs) - {"json"})
-    if named != present:
-        raise UserError(f"{where}: its 'json' names the visuals {named}, but the members are {present}")
-    return text
+def too_large(extension: str, size: int) -> str:
+    """Say that a member is too large to be read; "" where it is not."""
+    limit = MAX_TEXT_BYTES if extension in TEXTS else MAX_MEMBER_BYTES
+    mend = "keep conversations in it, and nothing else" if extension in TEXTS else "cut it or encode it smaller"
+    return f"has {size} bytes, and {limit} are allowed; {mend}" if size > limit else ""
 
 
-def make_entry(
-    key: str, blobs: Mapping[str, bytes], offsets: Mapping[str, int], text: SampleText, info: SampleInfo
-) -> SampleEntry:
-    """Put together the entry of a sample whose members lie at these offsets."""
-    members = {e: Member(offsets[e], len(blob), hashlib.sha256(blob).hexdigest()) for e, blob in blobs.items()}
+def make_entry(key: str, members: Mapping[str, Member], conversation: Conversation, info: SampleInfo) -> SampleEntry:
+    """Put together the entry of a sample."""
+    text_bytes = sum(len(message.content.encode()) for message in conversation.messages)
     facts = (info.duration_s, info.num_frames, info.keyframe_times_s)
-    return SampleEntry(key, members, *facts, text.text_bytes, text.answer_kinds)
+    return SampleEntry(key, members, *facts, text_bytes, conversation.answer_kinds)

@@ -14,6 +14,7 @@ from lightning_crosslmm.cli import main
 from lightning_crosslmm.compose import build_model, compose_overrides
 from lightning_crosslmm.shards import open_shards
 from lightning_crosslmm.video import encode_video
+from tests.tars import LLAVA, flip, write_tar
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -59,7 +60,7 @@ def pack_words(folder: Path, *videos: str) -> list[str]:
     return ["pack", str(folder / "data.json")]
 
 
-@pytest.mark.parametrize("words", [["--help"], ["pack", "--help"], ["ask", "--help"]])
+@pytest.mark.parametrize("words", [["--help"], *([name, "--help"] for name in ("pack", "index", "verify", "ask"))])
 def test_help_is_told_before_anything_heavy_is_imported(words: list[str]) -> None:
     code = (
         "import sys; from lightning_crosslmm.cli import main\n"
@@ -71,7 +72,15 @@ def test_help_is_told_before_anything_heavy_is_imported(words: list[str]) -> Non
 
 
 @pytest.mark.parametrize(
-    "words", [[], ["pakc"], ["ask", "a.mp4", "what?"], ["pack", "a", "b", "c", "--samples-per-shard", "x"]]
+    "words",
+    [
+        [],
+        ["pakc"],
+        ["ask", "a.mp4", "what?"],
+        ["pack", "a", "b", "c", "--samples-per-shard", "x"],
+        ["index"],
+        ["verify", "a", "--workers", "x"],
+    ],
 )
 def test_a_command_that_is_none_is_refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
@@ -102,11 +111,62 @@ def test_damaged_files_stop_packing_unless_they_are_to_be_skipped(
     assert said.err.startswith("skipped clip_gone_mp4: ") and said.out.startswith("1 conversations")
 
 
+def others(folder: Path, clip: Path, **more: bytes) -> Path:
+    """A tar as others write it, of two samples, and more members of the first."""
+    members = [(f"a.{name}", data) for name, data in {"json": LLAVA, "mp4": clip.read_bytes(), **more}.items()]
+    return write_tar(folder / "others.tar", [*members, ("b.json", LLAVA), ("b.mp4", clip.read_bytes())])
+
+
+def test_shards_of_others_are_indexed(tmp_path: Path, clip: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    others(tmp_path, clip, m4a=b"sound")
+    assert main(["index", str(tmp_path), "--workers", "1"]) == 0
+    said = capsys.readouterr()
+    assert said.out == "2 samples in 1 shards with an index\n"
+    assert said.err == "left out, as they are neither texts nor visuals: m4a (1)\n"
+    assert main(["index", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == "2 samples in 1 shards with an index, 1 of them as before\n"
+    assert open_shards(tmp_path).num_samples == (2,)
+
+
+def test_shards_that_cannot_be_indexed_are_named(
+    tmp_path: Path, clip: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = others(tmp_path, clip)
+    flip(path, 512)
+    assert main(["index", str(tmp_path), "--workers", "1"]) == 1
+    said = capsys.readouterr()
+    assert said.err.startswith(f"not indexed: {path}: sample 'a'") and said.err.count("\n") == 1
+    assert said.out == "0 samples in 0 shards with an index\n"
+    assert main(["index", str(tmp_path), "--workers", "1", "--skip-bad"]) == 0
+    said = capsys.readouterr()
+    assert said.err.startswith(f"skipped {path}: sample 'a'") and said.out.startswith("1 samples in 1 shards")
+    assert main(["verify", str(tmp_path)]) == 0
+    assert "1 samples are in no index" in capsys.readouterr().out
+
+
+def test_verifying_names_all_that_is_damaged(tmp_path: Path, clip: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = others(tmp_path, clip)
+    assert main(["verify", str(path), "--decode"]) == 0
+    first, last = capsys.readouterr().out.splitlines()
+    assert first == f"1 shards have no index, so no checksum holds their bytes ({path} first)"
+    assert last.startswith("1 shards, 2 samples, 4 members, ") and last.endswith(" MiB: nothing is damaged")
+    main(["index", str(path)])
+    capsys.readouterr()
+    for entry in open_shards(path).index(0).entries:
+        flip(path, entry.members["mp4"].offset + 100)
+    assert main(["verify", str(path), "--workers", "1"]) == 1
+    *damaged, last = capsys.readouterr().out.splitlines()
+    assert [line.startswith(f"damaged: {path}: sample '{key}'") for key, line in zip("ab", damaged, strict=True)]
+    assert last.endswith(": 2 are damaged")
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["pack", "none.json", ".", "out"], "none.json"),
         (["pack", "none.json", ".", "out", "--samples-per-shard", "0"], "error: "),
+        (["index", "."], ".: holds no .tar file"),
+        (["verify", "pipe:cat a.tar"], "pipe:cat a.tar: is not opened"),
         (["ask", "a.mp4", "what?", "--run", "nowhere"], "nowhere: there is no such folder"),
         (["ask", "a.mp4", "what?", "--run", "."], "has no config.yaml"),
     ],

@@ -2,7 +2,8 @@ import json
 
 import pytest
 
-from lightning_crosslmm.conversation import Conversation, Message, Visual, read_conversations
+from lightning_crosslmm.conversation import Conversation, Message, Visual
+from lightning_crosslmm.conversation_formats import read_conversations
 from lightning_crosslmm.errors import UserError
 
 TURNS = [{"from": "human", "value": "<video>\nWhat?"}, {"from": "gpt", "value": "A book."}]

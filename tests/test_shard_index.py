@@ -1,16 +1,19 @@
 import json
 
 import pytest
+from webdataset.tariterators import base_plus_ext
 
 from lightning_crosslmm.errors import UserError
 from lightning_crosslmm.shard_index import (
+    MAX_MEMBER_BYTES,
     Member,
     SampleEntry,
     SampleInfo,
     ShardIndex,
     index_path,
-    read_text,
+    is_read,
     split_member,
+    too_large,
 )
 from lightning_crosslmm.video import VideoInfo
 
@@ -54,26 +57,44 @@ def test_wrong_index_is_named(change):
 
 @pytest.mark.parametrize(
     "name",
-    ["/k.json", "../k.json", "a/../k.json", "k.pyd", "k.0.pkl", "k", ".json", "k.mp4", "k.0.mp4.gz", "k.00.mp4", ".."],
+    ["/k.json", "../k.json", "a/../k.json", "..", "a/..", "k.pyd", "k.0.PKL", "k.pth", "k.pickle.gz", "a\nb.json"],
 )
-def test_members_outside_the_layout_are_refused(name):
-    with pytest.raises(UserError, match="shard.tar: the member"):
+def test_members_that_lead_out_or_run_code_are_refused(name):
+    with pytest.raises(UserError, match="shard.tar: the member .* is not allowed"):
         split_member(name, "shard.tar")
 
 
-def test_members_split_where_webdataset_splits():
-    assert split_member("./a.b/k.0.MP4", "") == ("./a.b/k", "0.mp4")
+@pytest.mark.parametrize(
+    ("name", "key", "extension"),
+    [
+        ("./a.b/k.0.MP4", "./a.b/k", "0.mp4"),
+        ("k.mp4", "k", "mp4"),
+        ("k.front.jpg", "k", "front.jpg"),
+        ("k.txt", "k", "txt"),
+        ("k.pydantic.json", "k", "pydantic.json"),
+    ],
+)
+def test_members_split_where_webdataset_splits(name, key, extension):
+    assert split_member(name, "") == (key, extension) == base_plus_ext(name.replace("MP4", "mp4"))
+
+
+@pytest.mark.parametrize("name", ["._k.mp4", "a/.DS_Store", "README", "__meta__/k.json", "k/"])
+def test_members_that_webdataset_skips_are_skipped(name):
+    assert split_member(name, "") is None
 
 
 @pytest.mark.parametrize(
-    ("blobs", "said"),
-    [
-        ({"0.mp4": b""}, "no 'json'"),
-        ({"json": b"[]"}, "no conversation"),
-        ({"json": b"\xff"}, "no conversation"),
-        ({"json": b'{"messages":[],"visuals":[{"kind":"video","member":"0.mp4"}],"answer_kinds":[]}'}, r"\['0.mp4'\]"),
-    ],
+    ("extension", "expected"),
+    [(name, True) for name in ("json", "txt", "0.mp4", "mp4", "front.webp")]
+    + [(name, False) for name in ("m4a", "cls", "a.json", "mp4.gz", "npy", "0.mp4.1", "a.b.mp4", "")],
 )
-def test_json_is_held_against_members(blobs, said):
-    with pytest.raises(UserError, match=said):
-        read_text(blobs, "shard.tar: sample 'k'")
+def test_texts_and_visuals_are_read(extension, expected):
+    assert is_read(extension) is expected
+
+
+def test_members_have_a_largest_size():
+    assert "has 2147483648 bytes" in too_large("0.mp4", 2 << 30) and not too_large("0.mp4", MAX_MEMBER_BYTES)
+    assert too_large("json", MAX_MEMBER_BYTES) and not too_large("txt", 1000)
+    entry = SampleEntry("k", {"0.mp4": Member(512, 2 << 30, "ab")}, 0.0, 0, (), 5, ("",))
+    with pytest.raises(UserError, match="a.index.json: not an index"):
+        ShardIndex.from_json(ShardIndex("a.tar", 3 << 30, (entry,)).to_json(), "a.index.json")
