@@ -1,4 +1,4 @@
-"""Shards: plain tar files that any WebDataset reader reads, written whole or not at all, opened by folder or pattern.
+"""Shards: plain tar files that any WebDataset reader reads, written whole or not at all.
 
 The layout of a tar and its index stand in ``shard_index.py``. A folder of shards has one more file, ``shards.json``:
 the size, the number of samples and the index's sha256 of each shard, so that opening 10,000 of them reads one file.
@@ -8,49 +8,42 @@ While a folder is being written, ``shards.json.partial`` stands there, and the f
 import contextlib
 import errno
 import hashlib
-import json
 import os
-import re
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO, Self
 
-from braceexpand import braceexpand
 from webdataset import TarWriter
 
+from lightning_crosslmm.conversation import Conversation
+from lightning_crosslmm.conversation_members import conversation_of
 from lightning_crosslmm.errors import UserError
+from lightning_crosslmm.shard_build import build_index
 from lightning_crosslmm.shard_files import (
     MANIFEST,
     ShardRecord,
-    build_index,
     clear_folder,
-    find_index,
-    folder_shards,
     read_index,
-    read_manifest,
     read_sample,
     remove_shards,
     write_manifest,
 )
 from lightning_crosslmm.shard_index import (
-    Keyed,
     Member,
     Probe,
     SampleEntry,
     SampleInfo,
     ShardIndex,
-    index_path,
     make_entry,
-    padded,
-    read_text,
     split_member,
+    too_large,
 )
+from lightning_crosslmm.shard_set import ShardSet, open_shards, prefetch
+from lightning_crosslmm.shard_tar import padded
 
 __all__ = ["Member", "Probe", "SampleEntry", "SampleInfo", "ShardIndex", "ShardSet", "ShardWriter"]
-__all__ += ["build_index", "open_shards", "read_index", "read_sample"]
+__all__ += ["build_index", "open_shards", "prefetch", "read_index", "read_sample"]
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -109,7 +102,7 @@ class ShardWriter:
             if not (self.out_dir / MANIFEST).exists():
                 self._discard()
 
-    def write(self, conversation: Keyed, members: Mapping[str, bytes], info: SampleInfo) -> None:
+    def write(self, conversation: Conversation, members: Mapping[str, bytes], info: SampleInfo) -> None:
         """Add one sample.
 
         Args:
@@ -125,7 +118,10 @@ class ShardWriter:
         where = f"{self.out_dir}: sample '{key}'"
         if "/" in key or any(split_member(f"{key}.{ext}", where) != (key, ext) for ext in blobs):
             raise UserError(f"{where}: a key must have neither '.' nor '/'")
-        text = read_text(blobs, where)
+        for ext, blob in blobs.items():
+            if what := too_large(ext, len(blob)):
+                raise UserError(f"{where}: the member '{ext}' {what}")
+        read = conversation_of(key, blobs, str(self.out_dir))  # what is written can be read
         size = sum(map(len, blobs.values()))
         with self._room(size):
             full = len(self._entries) == self.samples_per_shard or self._tell() + size > self.shard_bytes
@@ -133,9 +129,12 @@ class ShardWriter:
                 self._close_shard()
             if key in self._entries:
                 raise UserError(f"{where}: stands twice in {self._name}; keys must differ")
-            offsets = {ext: self._put(key, ext, blob) for ext, blob in blobs.items()}
-        self._entries[key] = make_entry(key, blobs, offsets, text, info)
-        self._kinds.update(filter(None, text.answer_kinds))
+            placed = {
+                ext: Member(self._put(key, ext, blob), len(blob), hashlib.sha256(blob).hexdigest())
+                for ext, blob in blobs.items()
+            }
+        self._entries[key] = make_entry(key, placed, read, info)
+        self._kinds.update(filter(None, read.answer_kinds))
         self._duration_s += info.duration_s
         self.num_samples += 1
 
@@ -202,92 +201,3 @@ class ShardWriter:
                 f"{self.out_dir}: no room for {self._name} ({error.strerror}): {free} bytes are free, this shard needs "
                 f"{self._tell() + needed} or more; free some, choose another folder or raise the limit"
             ) from error
-
-
-@dataclass(frozen=True)
-class ShardSet:
-    """An opened set of shards; holds no sample, only what each shard is.
-
-    Args:
-        paths: the tar files, in order.
-        num_samples: how many samples each holds.
-        fingerprint: sha256 over names, sizes and indexes, in hex; equal for the same data wherever it lies.
-        answer_kinds: all question types that the data names, sorted; without "".
-        records: what the index of each shard must be.
-        probe: used on shards that have no index.
-    """
-
-    paths: tuple[Path, ...]
-    num_samples: tuple[int, ...]
-    fingerprint: str
-    answer_kinds: tuple[str, ...]
-    records: tuple[ShardRecord, ...]
-    probe: Probe | None = None
-
-    def index(self, i: int) -> ShardIndex:
-        """Give the index of shard i; the last 64 read in this process are kept.
-
-        Raises:
-            UserError: names the shard where the index is not the one the set was opened with.
-        """
-        return _load_index(self.paths[i], self.records[i], self.probe)
-
-
-@lru_cache(maxsize=64)
-def _load_index(path: Path, record: ShardRecord, probe: Probe | None) -> ShardIndex:
-    index = find_index(path, probe)
-    if index.digest != record.index_sha256:
-        raise UserError(
-            f"{index_path(path)}: missing, or not the index of {path} that {MANIFEST} names or that was there when the "
-            f"shards were opened; copy the folder again, or delete its {MANIFEST} to open the shards one by one"
-        )
-    return index
-
-
-def open_shards(spec: str | Path, probe: Probe | None = None) -> ShardSet:
-    """Open a folder of shards, one tar, or a brace pattern of tars.
-
-    Args:
-        spec: ``shards/``, ``shards/shard-000000.tar`` or ``shards/shard-{000000..000003}.tar``; local files only.
-        probe: as in ``build_index``, for shards that have no index: those are read whole at the start, with a warning.
-
-    Raises:
-        UserError: names spec, folder or shard where something is missing, unfinished or of another kind.
-    """
-    paths = _expand(str(spec))
-    manifests = {folder: read_manifest(folder) for folder in dict.fromkeys(path.parent for path in paths)}
-    records, kinds = [], set[str]()
-    for path in paths:
-        known, known_kinds = manifests[path.parent]
-        record = known.get(path.name)
-        if record is None and known:
-            raise UserError(f"{path.parent / MANIFEST}: lacks {path.name}; delete it to open the shards one by one")
-        if record is None:
-            index = find_index(path, probe)
-            record = ShardRecord.of(index)
-            kinds.update(kind for entry in index.entries for kind in entry.answer_kinds if kind)
-        records.append(record)
-        kinds.update(known_kinds)
-    fingerprint = hashlib.sha256(json.dumps(records).encode()).hexdigest()
-    sizes = tuple(record.num_samples for record in records)
-    return ShardSet(tuple(paths), sizes, fingerprint, tuple(sorted(kinds)), tuple(records), probe)
-
-
-def _expand(spec: str) -> list[Path]:
-    if Path(spec).is_dir():
-        return folder_shards(Path(spec))
-    paths: dict[Path, None] = {}
-    try:
-        for one in braceexpand(spec) if "{" in spec else [spec]:
-            if re.match(r"[A-Za-z][\w+.-]+:", one) or "::" in one:
-                raise UserError(f"{spec}: shards are local files, no pipes or URLs; name a folder or a .tar file")
-            if not one.endswith(".tar") or not Path(one).is_file():
-                raise UserError(
-                    f"{spec}: there is no shard {one}; name a folder, a .tar or a/shard-{{000000..000003}}.tar"
-                )
-            if Path(one) in paths:
-                raise UserError(f"{spec}: names {one} twice; name each shard once")
-            paths[Path(one)] = None
-    except ValueError as error:
-        raise UserError(f"{spec}: its braces do not close; write them as in a/shard-{{000000..000003}}.tar") from error
-    return list(paths)

@@ -128,10 +128,10 @@ def test_index_that_is_not_the_manifests_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("spec", "said"),
     [
-        ("pipe:cat shard-000000.tar", "no pipes or URLs"),
-        ("s3://bucket/shard-000000.tar", "no pipes or URLs"),
-        ("{a,file:///b}.tar", "there is no shard a.tar"),
-        ("{file:///b,a}.tar", "no pipes or URLs"),
+        ("pipe:cat shard-000000.tar", "is not opened"),
+        ("ftp://host/shard-000000.tar", "is not opened"),
+        ("{a,pipe:b}.tar", "there is no shard a.tar"),
+        ("{file:///b,a}.tar", "there is no shard file:///b.tar"),
         ("shard-{000000..000009}.tar", "there is no shard shard-000003.tar"),
         ("shard-{000000.tar", "braces do not close"),
         ("shard-{000000,000000}.tar", "twice"),
@@ -144,6 +144,11 @@ def test_specs_that_name_no_shards(tmp_path, monkeypatch, spec, said):
     with pytest.raises(UserError) as error:
         open_shards(spec)
     assert spec in str(error.value) and said in str(error.value)
+
+
+def test_each_address_of_a_pattern_is_looked_at():
+    with pytest.raises(UserError, match=r"^pipe:b\.tar: is not opened"):
+        open_shards("{pipe:b,a}.tar")
 
 
 def test_folders_that_are_not_whole(tmp_path):
