@@ -6,19 +6,27 @@ import torch
 from torch import Tensor
 
 from data.stream import Sample
-from lightning_crosslmm.batch import VideoBatch
+from lightning_crosslmm.batch import IGNORED, Skipped, VideoBatch
+from lightning_crosslmm.text import Text
 
 
-def collate(samples: Sequence[Sample], samples_per_row: int = 1) -> VideoBatch:
+def collate(items: Sequence[tuple[int, Sample | Skipped]], image_size: int) -> VideoBatch:
     """Put samples together.
 
+    Samples that had to be left out leave no gap: their row is made of those that stay, and goes if none does. Where no
+    sample stays at all, one token that asks and answers nothing stands for the batch, so that its process takes part in
+    the step; it adds nothing to the loss and has no gradient.
+
     Args:
-        samples: at least one.
-        samples_per_row: neighbours that share a row of the LLM's batch without seeing each other.
+        items: (row, sample) with rows rising; what is reported instead of a sample is carried along.
+        image_size: height and width of a frame in pixels.
 
     Returns:
         The batch, on the CPU.
     """
+    kept = [(row, sample) for row, sample in items if isinstance(sample, Sample)]
+    skipped = tuple(reported for _, reported in items if isinstance(reported, Skipped))
+    rows, samples = zip(*kept or [(0, _blank(image_size))], strict=True)
     frames_per_visual = [count for sample in samples for count in sample.frames_per_visual]
     sample_of_visual = [number for number, sample in enumerate(samples) for _ in sample.frames_per_visual]
     first_answer = _offsets([len(sample.answer_kinds) for sample in samples]).tolist()
@@ -36,11 +44,17 @@ def collate(samples: Sequence[Sample], samples_per_row: int = 1) -> VideoBatch:
         labels_L=torch.tensor([number for sample in samples for number in sample.text.labels], dtype=torch.int64),
         answer_L=torch.tensor(answer, dtype=torch.int64),
         text_offsets=_offsets([len(sample.text.ids) for sample in samples]),
-        row_of_sample=torch.arange(len(samples)) // samples_per_row,
+        row_of_sample=torch.unique_consecutive(torch.tensor(rows), return_inverse=True)[1],
         keys=tuple(sample.key for sample in samples),
         answer_kinds=tuple(kind for sample in samples for kind in sample.answer_kinds),
         questions=tuple(question for sample in samples for question in sample.questions),
+        skipped=skipped,
     )
+
+
+def _blank(image_size: int) -> Sample:
+    no_frames_FCHW = torch.empty(0, 3, image_size, image_size, dtype=torch.uint8)
+    return Sample("", no_frames_FCHW, torch.empty(0), (), Text([0], [IGNORED], [-1]), (), ())
 
 
 def _offsets(lengths: list[int]) -> Tensor:

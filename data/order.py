@@ -1,26 +1,31 @@
-"""Order and position: which samples make which batch, as pure functions of a handful of integers.
+"""Order: the place of every sample in every epoch, as pure functions of a handful of integers.
 
-Nothing is drawn from a running generator and nothing is buffered, so any batch of any epoch can be named without
-making those before it. That is what makes resuming exact, and independent of the number of ranks and workers.
+Nothing is drawn from a running generator and nothing is buffered, so any place of any epoch can be named without
+walking there. That is what makes resuming exact, and independent of the number of ranks and workers.
 """
 
 import hashlib
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Sequence
+from fractions import Fraction
 from functools import lru_cache
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple
 
 import numpy as np
 
-from lightning_crosslmm.errors import UserError
-
 
 class SampleRef(NamedTuple):
-    """Names a sample: the number of its shard in the set, and its place in the shard."""
+    """Names a sample and the pass over the data in which it is read.
+
+    Args:
+        shard: the number of its shard in the set.
+        sample: its place in the shard.
+        epoch: how often its set was gone through before; what is drawn for the sample depends on it.
+    """
 
     shard: int
     sample: int
+    epoch: int
 
 
 class EpochOrder(Sequence[SampleRef]):
@@ -47,10 +52,10 @@ class EpochOrder(Sequence[SampleRef]):
         window_shards: int,
         shuffle: bool,
     ) -> None:
-        self._name = (seed, epoch, fingerprint)
+        self._name, self._epoch = (seed, epoch, fingerprint), epoch
         self._shuffle = shuffle
         sizes = np.asarray(samples_per_shard, dtype=np.int64)
-        self._shards = _permutation(len(sizes), *self._name, "shards") if shuffle else np.arange(len(sizes))
+        self._shards = permutation(len(sizes), *self._name, "shards") if shuffle else np.arange(len(sizes))
         self._ends = np.cumsum(sizes[self._shards])
         self._window_shards = window_shards
         self._window_ends = [*self._ends[window_shards - 1 :: window_shards].tolist()]
@@ -71,128 +76,114 @@ class EpochOrder(Sequence[SampleRef]):
         place = index if not self._shuffle else start + int(self._samples_of_window(window)[index - start])
         slot = int(np.searchsorted(self._ends, place, side="right"))
         first = int(self._ends[slot - 1]) if slot else 0
-        return SampleRef(int(self._shards[slot]), place - first)
+        return SampleRef(int(self._shards[slot]), place - first, self._epoch)
 
     def _read_window(self, window: int) -> np.ndarray:
         start = self._window_ends[window - 1] if window else 0
-        return _permutation(self._window_ends[window] - start, *self._name, window)
+        return permutation(self._window_ends[window] - start, *self._name, window)
 
 
-def _permutation(length: int, *name: int | str) -> np.ndarray:
+def permutation(length: int, *name: int | str) -> np.ndarray:
     """Permute 0..length-1, the same for ever: numpy promises its bit generators' words, not what ``shuffle`` does."""
     digest = hashlib.sha256(repr(name).encode()).digest()
     return np.argsort(np.random.PCG64(int.from_bytes(digest)).random_raw(length), kind="stable")
 
 
-class GlobalBatches:
-    """One rank's share of an epoch's global batches; a batch sampler.
-
-    Global batch b is ``order[b * G : (b + 1) * G]``, whoever computes it. It is cut into ``accumulate * world``
-    contiguous pieces, piece i from ``i * G // pieces``, so sizes differ by at most one; rank r reads pieces r,
-    r + world, ... one after the other. For every world and every accumulation the pieces make up the same batch.
+class Share(NamedTuple):
+    """What one set brings to a mixture.
 
     Args:
-        order: of the epoch.
-        global_batch: samples of one optimiser step over all ranks, G.
-        rank: of this process among those that read different data.
-        world: how many there are.
-        start_batch: first global batch to give.
-        drop_last: leave out the samples that fill no batch. Otherwise they are the last one; if they are fewer than its
-            pieces they join the batch before, because a rank without a sample would have nothing to run.
-        accumulate: pieces of a global batch that a rank takes one after the other.
+        first_shard: number of its first shard among those of all sets.
+        samples_per_shard: how many samples each of its shards holds.
+        weight: of the set among the others, above 0.
     """
 
-    def __init__(
-        self,
-        order: Sequence[SampleRef],
-        global_batch: int,
-        rank: int,
-        world: int,
-        start_batch: int = 0,
-        drop_last: bool = True,
-        accumulate: int = 1,
-    ) -> None:
-        self._order = order
-        self._global_batch = global_batch
-        self._rank, self._world, self._accumulate = rank, world, accumulate
-        self._start_batch = start_batch
-        full, rest = divmod(len(order), global_batch)
-        keeps_rest = not drop_last and rest >= world * accumulate
-        self.num_global_batches = full + keeps_rest
-        self._end = full * global_batch if drop_last else len(order)
-        if self.num_global_batches == 0:
-            raise UserError(
-                f"data.global_batch_size: {len(order)} samples make no batch of {global_batch} for {world} rank(s); "
-                "lower the setting or give more samples"
+    first_shard: int
+    samples_per_shard: Sequence[int]
+    weight: Fraction
+
+
+class MixedOrder(Sequence[SampleRef]):
+    """The order of one epoch of a mixture: every set in its proportion, evenly spread, each in passes of its own.
+
+    An epoch has N places, as many as all sets have samples, and set i gets ``n_i = N w_i / sum(w)`` of them, rounded
+    by largest remainders. The first ``t`` places hold ``(t n_0 + phase_0) // N`` samples of set 0, the places that are
+    left are shared out among the other sets in the same way: counts never stray more than the number of sets from
+    their shares, and no place needs those before it. Set i begins an epoch e where it stopped, at its ``e n_i``-th
+    sample; whenever it was gone through once, its next pass has another order.
+
+    Args:
+        seed: of the run.
+        epoch: counted from 0.
+        fingerprint: of the mixture; other data, other order.
+        shares: of the sets.
+        window_shards: as for ``EpochOrder``, within each set.
+    """
+
+    def __init__(self, seed: int, epoch: int, fingerprint: str, shares: Sequence[Share], window_shards: int) -> None:
+        self._sizes = [sum(share.samples_per_shard) for share in shares]
+        self._length = sum(self._sizes)
+        self._counts = proportions(self._length, [share.weight for share in shares])
+        self._shares, self._epoch = shares, epoch
+        name = (seed, epoch, fingerprint, "phase")
+        self._phases = [_whole(*name, number) for number in range(len(shares))]
+        # at a pass's end the next one's order is asked for as well
+        self._pass = lru_cache(maxsize=2 * len(shares))(
+            lambda number, count: EpochOrder(
+                seed, count, f"{fingerprint}/{number}", shares[number].samples_per_shard, window_shards, shuffle=True
             )
+        )
 
     def __len__(self) -> int:
-        """Batches of this rank in the whole epoch, also when it starts later: Lightning counts from the beginning."""
-        return self.num_global_batches * self._accumulate
+        """Places of the epoch."""
+        return self._length
 
-    def __iter__(self) -> Iterator[list[SampleRef]]:
-        """Give this rank's samples, from ``start_batch`` on."""
-        pieces = self._accumulate * self._world
-        for batch in range(self._start_batch, self.num_global_batches):
-            start = batch * self._global_batch
-            is_last = batch == self.num_global_batches - 1
-            size = self._end - start if is_last else self._global_batch
-            for piece in range(self._rank, pieces, self._world):
-                begin, end = piece * size // pieces, (piece + 1) * size // pieces
-                yield [self._order[start + place] for place in range(begin, end)]
+    def __getitem__(self, index: int) -> SampleRef:
+        """Name the sample at this place of the epoch."""
+        if not 0 <= index < self._length:
+            raise IndexError(f"sample {index} of {self._length}")
+        number, place = self._set_at(index)
+        passes, place = divmod(self._epoch * self._counts[number] + place, self._sizes[number])
+        ref = self._pass(number, passes)[place]
+        return ref._replace(shard=self._shares[number].first_shard + ref.shard)
+
+    def _set_at(self, index: int) -> tuple[int, int]:
+        # the set whose turn it is, and how many of its samples came before
+        places = self._length
+        for number, (count, phase) in enumerate(zip(self._counts, self._phases, strict=True)):
+            before, now = ((t * count + phase % places) // places for t in (index, index + 1))
+            if now > before:
+                return number, before
+            index, places = index - before, places - count
+        raise AssertionError("the last set takes every place that is left")
 
 
-@dataclass(frozen=True)
-class Position:
-    """Where a run stands in its data: equal on every rank, whatever their number, as long as the batch stays.
+def proportions(total: int, weights: Sequence[Fraction]) -> list[int]:
+    """Share out a whole number by weights: rounded down, and what is left to the largest remainders, first ones first.
 
     Args:
-        seed: of the order.
-        epoch: counted from 0.
-        batch: global batches of this epoch that have been trained.
-        global_batch: samples per batch over all ranks.
-        fingerprint: of the shard set.
-        version: of this record.
+        total: what is shared out, at least 0.
+        weights: above 0.
     """
+    exact = [total * weight / sum(weights) for weight in weights]
+    counts = [int(share) for share in exact]
+    by_remainder = sorted(range(len(exact)), key=lambda number: (counts[number] - exact[number], number))
+    for number in by_remainder[: total - sum(counts)]:
+        counts[number] += 1
+    return counts
 
-    seed: int
-    epoch: int
-    batch: int
-    global_batch: int
-    fingerprint: str
-    version: int = 1
 
-    def advance(self, batches: int = 1) -> Self:
-        """Stand that many batches later in the same epoch."""
-        return replace(self, batch=self.batch + batches)
+def drawn(seed: int, ref: SampleRef, what: str) -> float:
+    """Draw a number in [0, 1) for a sample: the same wherever, whenever and by whomever it is read in this pass.
 
-    def next_epoch(self) -> Self:
-        """Stand at the beginning of the following epoch."""
-        return replace(self, epoch=self.epoch + 1, batch=0)
+    Args:
+        seed: of the run.
+        ref: the sample and its pass.
+        what: the name of the choice, so that a sample's choices do not depend on each other.
+    """
+    return (_whole(seed, *ref, what) >> 11) / 2**53
 
-    def to_dict(self) -> dict[str, int | str]:
-        """Write the record with plain types, as a checkpoint that runs no code can hold them."""
-        return asdict(self)
 
-    @classmethod
-    def from_dict(cls, record: dict[str, Any]) -> Self:
-        """Read what ``to_dict`` wrote.
-
-        Raises:
-            UserError: a field is absent, unknown, of another type or negative, or the version is another.
-        """
-        names = {field.name: field.type for field in fields(cls)}
-        if not isinstance(record, dict) or set(record) != set(names):
-            raise UserError(
-                f"data position in the checkpoint: expected the fields {sorted(names)}, got {record!r:.200}"
-            )
-        for name, kind in names.items():
-            if type(record[name]) is not kind or (kind is int and name != "seed" and record[name] < 0):
-                raise UserError(
-                    f"data position in the checkpoint: '{name}' must be {kind.__name__}, got {record[name]!r}"
-                )
-        if record["version"] != cls.version:
-            raise UserError(
-                f"data position in the checkpoint: its version is {record['version']}, this code reads {cls.version}"
-            )
-        return cls(**record)
+def _whole(*name: int | str) -> int:
+    """A whole number of 64 bits, the same for ever."""
+    return int.from_bytes(hashlib.sha256(repr(name).encode()).digest()[:8])

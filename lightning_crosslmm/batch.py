@@ -8,7 +8,7 @@ Axis letters:
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -18,6 +18,14 @@ VISUAL_MARK = -200
 
 IGNORED = -100
 """Stands in ``labels_L`` where nothing is to be predicted."""
+
+
+class Skipped(NamedTuple):
+    """A damaged sample that was left out: where its shard lies, its key, and what is wrong with it."""
+
+    shard: str
+    key: str
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -39,9 +47,10 @@ class VideoBatch:
         text_offsets: (B+1,) int64, the text of sample b is ``[b], [b+1]``.
         row_of_sample: (B,) int64, row of the LLM batch; samples of one row are packed neighbours that never see each
             other.
-        keys: B sample keys, for messages and records.
+        keys: B sample keys, for messages and records; "" for a stand-in where no sample is left.
         answer_kinds: the question type of each answer, "" where the data names none.
         questions: what each answer answers, for pictures and records.
+        skipped: samples that should be here and are damaged.
     """
 
     frames_FCHW: Tensor
@@ -56,6 +65,7 @@ class VideoBatch:
     keys: tuple[str, ...]
     answer_kinds: tuple[str, ...]
     questions: tuple[str, ...]
+    skipped: tuple[Skipped, ...] = ()
 
     @property
     def num_samples(self) -> int:
@@ -150,6 +160,30 @@ def prompts_for(batch: VideoBatch, answers: Sequence[int]) -> VideoBatch:
     )
 
 
+def blank_prompt(batch: VideoBatch) -> VideoBatch:
+    """Give a prompt of one token and no visual, for a process that computes along with others and has nothing to ask.
+
+    Args:
+        batch: tells device and size of the frames that are not there.
+    """
+    none = torch.zeros(0, dtype=torch.int64)
+    one = torch.zeros(1, dtype=torch.int64)
+    return VideoBatch(
+        frames_FCHW=batch.frames_FCHW[:0],
+        frame_time_s_F=batch.frame_time_s_F[:0],
+        visual_offsets=one,
+        sample_of_visual=none,
+        ids_L=one,
+        labels_L=one + IGNORED,
+        answer_L=one - 1,
+        text_offsets=torch.tensor([0, 1]),
+        row_of_sample=one,
+        keys=("",),
+        answer_kinds=(),
+        questions=(),
+    )
+
+
 def question_mask(batch: VideoBatch) -> Tensor:
     """Tell which tokens are a sample's question: its text before the first answer, visual marks left out.
 
@@ -158,10 +192,23 @@ def question_mask(batch: VideoBatch) -> Tensor:
     Returns:
         (L,) bool on the CPU.
     """
+    return _is_unanswered(batch) & (batch.ids_L != VISUAL_MARK)
+
+
+def asked_visuals(batch: VideoBatch) -> Tensor:
+    """Tell which visuals a sample's question has: those marked before its first answer.
+
+    Returns:
+        (V,) bool on the CPU.
+    """
+    return _is_unanswered(batch)[batch.ids_L == VISUAL_MARK]
+
+
+def _is_unanswered(batch: VideoBatch) -> Tensor:
     sample_L = torch.repeat_interleave(torch.arange(batch.num_samples), batch.text_offsets.diff())
     answered_L = (batch.answer_L >= 0).long().cumsum(0)
     before_B = torch.cat([answered_L.new_zeros(1), answered_L])[batch.text_offsets[:-1]]
-    return (answered_L == before_B[sample_L]) & (batch.ids_L != VISUAL_MARK)
+    return answered_L == before_B[sample_L]
 
 
 def _check_offsets(offsets: Tensor, total: int, what: str) -> None:

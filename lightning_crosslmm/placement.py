@@ -84,7 +84,7 @@ def place(
         max_positions: the LLM's context length.
 
     Raises:
-        UserError: a row is longer than the LLM's context.
+        UserError: a sample is longer than the LLM's context.
     """
     is_mark_L = batch.ids_L == VISUAL_MARK
     size_L = torch.ones_like(batch.ids_L)
@@ -94,7 +94,7 @@ def place(
     sample_M, is_pooled_M = sample_L[slot_of_M], is_mark_L[slot_of_M]
     slots_B = torch.bincount(sample_M, minlength=batch.num_samples)
     flat_M, position_M, num_rows, num_positions = _positions(batch, slots_B, sample_M, pad_left)
-    _check_length(batch, slots_B, num_positions, max_positions)
+    _check_length(batch, slots_B, max_positions)
     sample_RT = torch.full((num_rows * num_positions,), -1).index_copy(0, flat_M, sample_M)
     position_RT = torch.zeros_like(sample_RT).index_copy(0, flat_M, position_M)
     label_M = torch.where(is_pooled_M, IGNORED, batch.labels_L[slot_of_M])
@@ -120,11 +120,11 @@ def place(
     )
 
 
-def _check_length(batch: VideoBatch, slots_B: Tensor, num_positions: int, max_positions: int | None) -> None:
-    if max_positions is not None and num_positions > max_positions:
-        longest = int(slots_B.argmax())
+def _check_length(batch: VideoBatch, slots_B: Tensor, max_positions: int | None) -> None:
+    longest = int(slots_B.argmax())
+    if max_positions is not None and slots_B[longest] > max_positions:  # positions begin anew with each sample of a row
         raise UserError(
-            f"sample '{batch.keys[longest]}' makes a row of {num_positions} tokens, the LLM's context is "
+            f"sample '{batch.keys[longest]}' has {int(slots_B[longest])} tokens, the LLM's context is "
             f"{max_positions}; use fewer frames (data.sampling), a smaller pooler grid, or a shorter text"
         )
 
@@ -215,6 +215,7 @@ def fusion_context(layout: Layout, source: TokenSet, *, is_training: bool, keeps
         row_spans=layout.row_spans,
         prompt_length=layout.num_positions,
         keys_values={} if keeps_keys else None,
+        source_map=source.source_map,
     )
 
 

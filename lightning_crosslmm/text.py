@@ -7,6 +7,7 @@ itself, so nobody types a special token, and a prompt has the very ids that were
 
 import re
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -142,6 +143,23 @@ def tokenise(conversation: Turns, tokenizer: Tokenizer, max_tokens: int, add_ans
             "raise the setting or shorten the conversation"
         )
     return Text(ids, labels, answer)
+
+
+def template_tokens(tokenizer: Tokenizer, num_answers: int) -> int:
+    """Count the tokens that the chat template puts around a conversation, with a system message or without.
+
+    Args:
+        tokenizer: carries a chat template.
+        num_answers: of the conversation, each with its question, at least 1.
+
+    Returns:
+        The larger of the two counts; templates that refuse a system message are asked without.
+    """
+    counts, turns = [], ("user", "assistant") * num_answers
+    for system in (), ("system",):
+        with suppress(UserError) if system else nullcontext():
+            counts.append(sum(map(len, _template_ids(tokenizer, tokenizer.chat_template, (*system, *turns)))))
+    return max(counts)
 
 
 def end_of_turn_id(tokenizer: Tokenizer) -> int:

@@ -19,6 +19,7 @@ from torch import Tensor
 from lightning_crosslmm.errors import UserError, nearest
 from lightning_crosslmm.video_file import IMAGE_FORMATS, VIDEO_FORMATS, opened
 from lightning_crosslmm.video_picture import Picture, encode_video
+from lightning_crosslmm.video_probe import VideoInfo, probe_video
 
 __all__ = ["Clip", "FrameSampling", "VideoInfo", "encode_video", "probe_video", "read_clip", "read_image"]
 
@@ -104,57 +105,11 @@ class FrameSampling:
 
 
 @dataclass(frozen=True)
-class VideoInfo:
-    """What a video file holds; height and width as displayed, times in seconds from the start of the video.
-
-    ``rotation_deg`` is the clockwise turn (0, 90, 180, 270) that the file asks of players.
-    """
-
-    duration_s: float
-    num_frames: int
-    fps_hz: float
-    height: int
-    width: int
-    rotation_deg: int
-    codec: str
-    keyframe_times_s: tuple[float, ...]
-
-
-@dataclass(frozen=True)
 class Clip:
     """Decoded frames, uint8 RGB (F, 3, H, W), and when each came on screen, (F,) float32, seconds from the start."""
 
     frames_FCHW: Tensor
     frame_time_s_F: Tensor
-
-
-def probe_video(source: Path | bytes, name: str) -> VideoInfo:
-    """Read what a video holds from its packets, decoding its first frame only.
-
-    Args:
-        source: a local file, or the bytes of one.
-        name: what error messages call it.
-
-    Raises:
-        UserError: the file is missing, cut off, or holds no video.
-    """
-    with opened(source, name, VIDEO_FORMATS) as file:
-        first = file.first_frame()
-    with opened(source, name, VIDEO_FORMATS) as file:  # again: MPEG-TS does not find back to its start by seeking
-        duration_s = file.duration_s()
-        shown = sorted((file.pts(p), p.is_keyframe) for p in file.packets() if p.size and not p.is_discard)
-        file.check_whole()
-        sides = (first.height, first.width)
-        return VideoInfo(
-            duration_s=duration_s,
-            num_frames=len(shown),
-            fps_hz=float(file.stream.average_rate or len(shown) / max(duration_s, 1e-3)),
-            height=sides[first.rotation % 180 != 0],
-            width=sides[first.rotation % 180 == 0],
-            rotation_deg=-first.rotation % 360,
-            codec=file.stream.codec_context.codec.canonical_name,
-            keyframe_times_s=tuple(file.time_s(pts) for pts, is_key in shown if is_key),
-        )
 
 
 def read_clip(

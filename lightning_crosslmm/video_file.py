@@ -2,9 +2,10 @@
 
 import io
 import re
+import time
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -30,10 +31,12 @@ def _error(name: str, what: str, mend: str = "replace the file or take it out of
     return UserError(f"{name}: {what}; {mend}")
 
 
-def _open_source(source: Path | bytes, name: str) -> BinaryIO:
+def _open_source(source: Path | bytes | BinaryIO, name: str) -> AbstractContextManager[BinaryIO]:
     """Open the file here: FFmpeg gets bytes and never a name that it could take for a URL, a device or a pattern."""
     if isinstance(source, bytes):
         return io.BytesIO(source)
+    if not isinstance(source, str | Path):
+        return nullcontext(source)  # who opened it closes it
     path = Path(source)
     if not path.is_file():
         raise _error(name, f"no file at '{path}'", "give the path of a local file (URLs and pipes are not opened)")
@@ -44,8 +47,13 @@ def _open_source(source: Path | bytes, name: str) -> BinaryIO:
 
 
 @contextmanager
-def opened(source: Path | bytes, name: str, formats: str) -> Iterator["VideoFile"]:
-    """Open a file of one of the formats at its first video stream, and close it; FFmpeg's errors name the file."""
+def opened(
+    source: Path | bytes | BinaryIO, name: str, formats: str, timeout_s: float | None = None
+) -> Iterator["VideoFile"]:
+    """Open a file of one of the formats at its first video stream, and close it; FFmpeg's errors name the file.
+
+    Reading its packets and frames is given up on once it takes longer than `timeout_s`; None waits for ever.
+    """
     with _open_source(source, name) as file:
         if file.seek(0, io.SEEK_END) == 0:
             raise _error(name, "is empty (0 bytes)")
@@ -63,7 +71,7 @@ def opened(source: Path | bytes, name: str, formats: str) -> Iterator["VideoFile
                 decoder.thread_type, decoder.thread_count = ThreadType.NONE, 1
                 if decoder.name == "mjpeg":  # it would fill up half a JPEG with grey
                     decoder.options = {"err_detect": "explode"}
-                yield VideoFile(container, streams[0], name)
+                yield VideoFile(container, streams[0], name, timeout_s)
         except av.FFmpegError as error:
             mend = f"give a whole, undamaged file of one of these formats: {formats}"
             raise _error(name, f"cannot be decoded: {error.strerror}", mend) from error
@@ -79,8 +87,11 @@ class Shown(NamedTuple):
 class VideoFile:
     """One open video stream, read by its own timestamps (pts, in ticks of ``tick_s`` seconds)."""
 
-    def __init__(self, container: InputContainer, stream: VideoStream, name: str) -> None:
+    def __init__(
+        self, container: InputContainer, stream: VideoStream, name: str, timeout_s: float | None = None
+    ) -> None:
         self.container, self.stream, self.name = container, stream, name
+        self._timeout_s, self._opened_s = timeout_s, time.monotonic()
         self.start_pts, self.tick_s = stream.start_time or 0, stream.time_base or Fraction(1, av.time_base)
 
     @staticmethod
@@ -117,12 +128,22 @@ class VideoFile:
 
     def _last_packet_end_s(self, *streams: VideoStream) -> float:
         self.container.seek(self.container.start_time or 0)
-        ends_s = ((self.pts(p) + (p.duration or 0)) * p.time_base for p in self.container.demux(*streams) if p.size)
+        ends_s = ((self.pts(p) + (p.duration or 0)) * p.time_base for p in self._demux(*streams) if p.size)
         return float(max(ends_s, default=0))
+
+    def _demux(self, *streams: VideoStream) -> Iterator[Packet]:
+        for packet in self.container.demux(*streams):
+            self._check_time()
+            yield packet
+
+    def _check_time(self) -> None:
+        if self._timeout_s is not None and time.monotonic() - self._opened_s > self._timeout_s:
+            mend = "allow more (data.sample_timeout_s) or encode it again with more keyframes"
+            raise _error(self.name, f"is not decoded after {self._timeout_s:g} s", mend)
 
     def packets(self) -> Iterator[Packet]:
         """Yield packets from here on; the last is empty and makes the decoder give what it holds back."""
-        for packet in self.container.demux(self.stream):
+        for packet in self._demux(self.stream):
             if packet.is_corrupt:
                 raise _error(self.name, f"is damaged or cut off at {self.time_s(self.pts(packet)):.2f} s")
             yield packet
@@ -133,6 +154,7 @@ class VideoFile:
         for packet in self.packets():
             started = started or packet.is_keyframe
             for frame in packet.decode() if started else ():
+                self._check_time()
                 if frame.pts is None:
                     raise _error(self.name, "its frames carry no timestamps", "convert it to mp4 or mkv")
                 if frame.is_corrupt:

@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lightning_crosslmm.batch import IGNORED, VISUAL_MARK, prompts_for, question_mask
+from lightning_crosslmm.batch import IGNORED, VISUAL_MARK, blank_prompt, prompts_for, question_mask
 from tests.tiny import TOKENIZER, tiny_batch
 
 
@@ -80,3 +80,10 @@ def test_a_prompt_without_visuals():
     prompts = prompts_for(mixed(), [2])
     prompts.validate()
     assert prompts.frames_FCHW.shape == (0, 3, 16, 16) and prompts.visual_offsets.tolist() == [0]
+
+
+def test_a_blank_prompt_is_a_batch_that_asks_nothing():
+    blank = blank_prompt(tiny_batch(["see", 2, "what?", "=cat"]))
+    blank.validate()
+    assert len(blank.ids_L) == 1 and len(blank.frames_FCHW) == 0 and blank.frames_FCHW.dtype == torch.uint8
+    assert blank.answer_kinds == () and (blank.labels_L == IGNORED).all()

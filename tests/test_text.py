@@ -9,7 +9,14 @@ from transformers import PreTrainedTokenizerFast
 from lightning_crosslmm.batch import IGNORED, VISUAL_MARK
 from lightning_crosslmm.conversation import Conversation, Message, Visual
 from lightning_crosslmm.errors import UserError
-from lightning_crosslmm.text import BYTE_VOCAB_SIZE, decode_answer, end_of_turn_id, load_tokenizer, tokenise
+from lightning_crosslmm.text import (
+    BYTE_VOCAB_SIZE,
+    decode_answer,
+    end_of_turn_id,
+    load_tokenizer,
+    template_tokens,
+    tokenise,
+)
 
 CHATML = (
     "{% if messages[0].role != 'system' %}{{ '<|im_start|>system\nBe brief.<|im_end|>\n' }}{% endif %}"
@@ -205,3 +212,15 @@ def test_whole_words_stand_beside_the_bytes():
         BYTE_VOCAB_SIZE + 1,
     ]  # not in "discs"
     assert tokenizer.decode(ids) == "t3 disc? discs red"
+
+
+@pytest.mark.parametrize("num_answers", [1, 2, 5])
+def test_the_templates_tokens_are_what_text_does_not_explain(num_answers):
+    tokenizer = load_tokenizer("byte")
+    said = ["abc", "de"] * num_answers
+    bare = len(tokenise(talk(*said), tokenizer, 1000).ids) - 5 * num_answers
+    with_system = len(tokenise(talk(*said, system="xy"), tokenizer, 1000).ids) - 5 * num_answers - 2
+    assert template_tokens(tokenizer, num_answers) == max(bare, with_system) == 4 * num_answers + 2
+    refuses = "{% if messages[0].role == 'system' %}{{ raise_exception('none') }}{% endif %}"
+    tokenizer.chat_template = refuses + str(tokenizer.chat_template)
+    assert template_tokens(tokenizer, num_answers) == bare

@@ -264,3 +264,31 @@ def test_a_real_clip_cut_in_transfer_is_refused():
     refused(MEDIA / "truncated.mp4")
     with pytest.raises(UserError, match="truncated.mp4"):
         probe_video(MEDIA / "truncated.mp4", "truncated.mp4")
+
+
+def test_moments_shift_by_a_part_of_the_step_between_them():
+    uniform = FrameSampling("uniform", num_frames=4)
+    assert uniform.times_s(8.0, offset=0.0) == [0.0, 2.0, 4.0, 6.0] and uniform.times_s(
+        8.0, offset=0.5
+    ) == uniform.times_s(8.0)
+    rate = FrameSampling("rate", rate_hz=2.0, max_frames=6)
+    assert rate.times_s(2.0, start_s=1.0, offset=0.5) == [1.25, 1.75, 2.25, 2.75]
+    assert rate.times_s(1.6, offset=0.9) == pytest.approx([0.45, 0.95, 1.45]), "the last one that fits"
+    assert rate.times_s(0.1, offset=0.5) == [0.05], "within a clip shorter than a step"
+    assert rate.times_s(12.0, offset=0.0) == [0.0, 2.0, 4.0, 6.0, 8.0, 10.0]
+
+
+@pytest.mark.parametrize("offset", [None, 0.0, 0.3, 0.99])
+def test_frames_are_bounded_by_the_duration_of_all_videos(offset):
+    rate = FrameSampling("rate", rate_hz=2.0, max_frames=8)
+    for durations_s in ([0.3], [1.0, 2.6], [100.0, 0.1, 3.0]):
+        taken = sum(len(rate.times_s(duration_s, offset=offset)) for duration_s in durations_s)
+        assert taken <= rate.most_frames(sum(durations_s), len(durations_s)) <= 8 * len(durations_s)
+    assert rate.most_frames(0.0, 3) == 24 and FrameSampling(num_frames=5).most_frames(9.0, 2) == 10
+
+
+def test_a_clip_that_takes_too_long_is_given_up_on():
+    video = encode_video(numbered_frames(30), 10.0)
+    assert len(read_clip(video, "clip", EIGHT, timeout_s=60.0).frames_FCHW) == 8
+    with pytest.raises(UserError, match=r"clip: is not decoded after 1e-09 s; allow more \(data.sample_timeout_s\)"):
+        read_clip(video, "clip", EIGHT, timeout_s=1e-9)

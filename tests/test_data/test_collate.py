@@ -5,7 +5,7 @@ import torch
 
 from data.collate import collate
 from data.stream import Sample
-from lightning_crosslmm.batch import IGNORED, VISUAL_MARK
+from lightning_crosslmm.batch import IGNORED, VISUAL_MARK, Skipped
 from lightning_crosslmm.text import Text
 
 
@@ -27,10 +27,11 @@ def sample(key, frames_per_visual, num_answers):
 
 
 SAMPLES = [sample("a", (2, 1), 2), sample("b", (), 1), sample("c", (4,), 1)]
+APART = list(enumerate(SAMPLES))
 
 
 def test_boundaries_tell_samples_visuals_and_frames_apart():
-    batch = collate(SAMPLES)
+    batch = collate(APART, 4)
     batch.validate()
     assert batch.keys == ("a", "b", "c")
     assert batch.visual_offsets.tolist() == [0, 2, 3, 7]
@@ -42,20 +43,45 @@ def test_boundaries_tell_samples_visuals_and_frames_apart():
 
 
 def test_labels_point_at_the_batchs_answers():
-    batch = collate(SAMPLES)
+    batch = collate(APART, 4)
     assert batch.answer_kinds == ("a0", "a1", "b0", "c0")
     assert batch.questions == ("a0?", "a1?", "b0?", "c0?")
     assert batch.answer_L[batch.answer_L >= 0].tolist() == [0, 1, 2, 3]
     assert torch.equal(batch.answer_L >= 0, batch.labels_L != IGNORED)
 
 
-@pytest.mark.parametrize(("samples_per_row", "rows"), [(1, [0, 1, 2]), (2, [0, 0, 1]), (5, [0, 0, 0])])
-def test_neighbours_share_rows(samples_per_row, rows):
-    assert collate(SAMPLES, samples_per_row).row_of_sample.tolist() == rows
+@pytest.mark.parametrize("rows", [[0, 1, 2], [0, 0, 1], [0, 0, 0]])
+def test_samples_share_the_rows_they_were_planned_for(rows):
+    assert collate(list(zip(rows, SAMPLES, strict=True)), 4).row_of_sample.tolist() == rows
+
+
+@pytest.mark.parametrize(
+    ("rows", "lost", "left"),
+    [([0, 0, 1], 1, [0, 1]), ([0, 1, 2], 1, [0, 1]), ([0, 0, 1], 2, [0, 0]), ([0, 1, 1], 0, [0, 0])],
+)
+def test_a_sample_that_is_left_out_leaves_no_gap(rows, lost, left):
+    told = Skipped("a.tar", "x", "damaged")
+    items = [
+        (row, told if number == lost else sample)
+        for number, (row, sample) in enumerate(zip(rows, SAMPLES, strict=True))
+    ]
+    batch = collate(items, 4)
+    batch.validate()
+    assert batch.row_of_sample.tolist() == left and batch.skipped == (told,)
+    assert batch.keys == tuple(key for number, key in enumerate("abc") if number != lost)
+
+
+@pytest.mark.parametrize("items", [[], [(0, Skipped("a.tar", "x", "damaged"))]])
+def test_a_token_stands_for_a_batch_of_which_nothing_is_left(items):
+    batch = collate(items, 4)
+    batch.validate()
+    assert batch.keys == ("",) and batch.answer_kinds == () and batch.row_of_sample.tolist() == [0]
+    assert batch.frames_FCHW.shape == (0, 3, 4, 4) and batch.ids_L.tolist() == [0]
+    assert batch.labels_L.tolist() == [IGNORED] and len(batch.skipped) == len(items)
 
 
 def test_a_batch_without_visuals_is_ordinary():
-    batch = collate([SAMPLES[1]])
+    batch = collate([(0, SAMPLES[1])], 4)
     batch.validate()
     assert batch.frames_FCHW.shape == (0, 3, 4, 4) and batch.visual_offsets.tolist() == [0]
     assert batch.sample_of_visual.dtype == torch.int64

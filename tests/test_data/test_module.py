@@ -1,5 +1,7 @@
 """The data module under Lightning: every batch once, whenever a run stops and however many batches it accumulates."""
 
+import json
+import shutil
 import types
 from concurrent.futures import ThreadPoolExecutor
 
@@ -7,11 +9,13 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from callbacks.skipped import SkippedSamples
 from data.module import VideoDataModule
 from data.probe_module import ProbeDataModule
 from lightning_crosslmm.errors import UserError
 from lightning_crosslmm.shards import open_shards
 from lightning_crosslmm.video import FrameSampling
+from tests.test_data.test_stream import damage
 
 STREAM = {
     "sampling": FrameSampling("uniform", num_frames=2),
@@ -22,7 +26,13 @@ STREAM = {
 
 
 def data_of(folder, **changes):
-    return VideoDataModule(**STREAM | {"train": folder, "val": folder, "global_batch_size": 4, "seed": 5} | changes)
+    data = VideoDataModule(**STREAM | {"train": folder, "val": folder, "global_batch_size": 4, "seed": 5} | changes)
+    data.fit_to(MODEL)
+    return data
+
+
+MODEL = types.SimpleNamespace(tokens_per_frame=9, encoder=None)
+"""All that the data side asks of a model."""
 
 
 class Recorder(LightningModule):
@@ -62,10 +72,13 @@ class SaveAt(Callback):
         setattr(self, hook, save)
 
 
+ALL_KEYS = [f"s{number:02d}" for number in range(26)]
+
+
 def trainer_of(*callbacks, **options):
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    short = {"max_epochs": 3, "enable_model_summary": False, "num_sanity_val_steps": 0}
-    return Trainer(accelerator="cpu", devices=1, callbacks=list(callbacks), **quiet | short | options)
+    short = {"devices": 1, "max_epochs": 3, "enable_model_summary": False, "num_sanity_val_steps": 0}
+    return Trainer(accelerator="cpu", callbacks=list(callbacks), **quiet | short | options)
 
 
 def fit(data, *callbacks, module=None, ckpt_path=None, **options):
@@ -76,23 +89,23 @@ def fit(data, *callbacks, module=None, ckpt_path=None, **options):
 
 def test_epochs_cover_the_data_in_orders_of_their_own(shard_folder):
     module = fit(data_of(shard_folder))
-    assert len(module.keys) == 18
-    epochs = [[key for keys in module.keys[e * 6 : e * 6 + 6] for key in keys] for e in range(3)]
-    assert all(len(set(epoch)) == 24 for epoch in epochs) and epochs[0] != epochs[1] != epochs[2]
-    assert module.val_keys == [f"s{number:02d}" for number in range(26)] * 3
+    assert [len(keys) for keys in module.keys] == [4, 4, 4, 4, 4, 4, 2] * 3
+    epochs = [[key for keys in module.keys[e * 7 : e * 7 + 7] for key in keys] for e in range(3)]
+    assert all(sorted(epoch) == ALL_KEYS for epoch in epochs) and epochs[0] != epochs[1] != epochs[2]
+    assert module.val_keys == ALL_KEYS * 3
 
 
-@pytest.mark.parametrize("length", [{"max_epochs": 3}, {"max_epochs": -1, "max_steps": 18}])
+@pytest.mark.parametrize("length", [{"max_epochs": 3}, {"max_epochs": -1, "max_steps": 21}])
 @pytest.mark.parametrize(
     ("hook", "num_batches"),
-    [("on_train_batch_end", n) for n in (1, 4, 6, 7, 12, 17)]
-    + [("on_validation_end", 6), ("on_train_epoch_end", 6), ("on_train_epoch_end", 12), ("on_train_start", 0)],
+    [("on_train_batch_end", n) for n in (1, 4, 7, 8, 14, 20)]
+    + [("on_validation_end", 7), ("on_train_epoch_end", 7), ("on_train_epoch_end", 14), ("on_train_start", 0)],
 )
 def test_a_resumed_run_trains_what_is_left_exactly_once(text_folder, tmp_path, hook, num_batches, length):
     path = tmp_path / "saved.ckpt"
     whole = fit(data_of(text_folder), SaveAt(hook, num_batches, path), **length)
     record = torch.load(path, weights_only=True)["VideoDataModule"]["position"]
-    assert (record["epoch"], record["batch"]) == divmod(num_batches, 6)
+    assert (record["epoch"], record["batch"]) == divmod(num_batches, 7)
     resumed = fit(data_of(text_folder), ckpt_path=path, **length)
     assert resumed.keys == whole.keys[num_batches:]
     assert torch.equal(resumed.weight, whole.weight)
@@ -116,8 +129,14 @@ def test_a_batch_that_was_begun_is_trained_again(text_folder, tmp_path, fail_at)
     assert fit(data_of(text_folder), ckpt_path=tmp_path / "saved.ckpt").keys == whole.keys[fail_at:]
 
 
+def steps_of(module, accumulate=1):
+    """The samples of each optimizer step, however they were cut into batches."""
+    steps = [module.keys[start : start + accumulate] for start in range(0, len(module.keys), accumulate)]
+    return [sorted(key for keys in step for key in keys if key) for step in steps]
+
+
 @pytest.mark.parametrize(
-    ("before", "micro_batches", "after"), [(1, 4, 2), (2, 8, 1), (2, 7, 2), (2, 1, 2), (1, 6, 4), (4, 24, 1), (2, 9, 4)]
+    ("before", "micro_batches", "after"), [(1, 4, 2), (2, 8, 1), (2, 7, 2), (2, 1, 2), (1, 7, 4), (4, 28, 1), (2, 9, 4)]
 )
 def test_accumulation_may_change_and_lost_gradients_are_made_again(text_folder, tmp_path, before, micro_batches, after):
     path, rest = tmp_path / "saved.ckpt", {"limit_val_batches": 0}
@@ -128,9 +147,9 @@ def test_accumulation_may_change_and_lost_gradients_are_made_again(text_folder, 
         accumulate_grad_batches=before,
         **rest,
     )
-    assert sum(partial.keys, ()) == sum(whole.keys, ())
+    assert steps_of(partial, before) == steps_of(whole)
     resumed = fit(data_of(text_folder), ckpt_path=path, accumulate_grad_batches=after, **rest)
-    assert sum(resumed.keys, ()) == sum(whole.keys[micro_batches // before :], ())
+    assert steps_of(resumed, after) == steps_of(whole)[micro_batches // before :]
 
 
 def test_a_shortened_epoch_ends_and_the_next_one_begins(text_folder, tmp_path):
@@ -143,7 +162,7 @@ def test_a_shortened_epoch_ends_and_the_next_one_begins(text_folder, tmp_path):
 def test_asking_for_the_number_of_steps_loses_nothing(text_folder, tmp_path):
     class Asking(Recorder):
         def configure_optimizers(self):
-            assert self.trainer.estimated_stepping_batches == 18
+            assert self.trainer.estimated_stepping_batches == 21
             return super().configure_optimizers()
 
     path = tmp_path / "saved.ckpt"
@@ -160,7 +179,7 @@ def test_resuming_with_another_order_is_refused(text_folder, tmp_path, changes, 
     with pytest.raises(UserError, match=setting):
         fit(data_of(text_folder, **changes), ckpt_path=path)
     one_shard = text_folder / "shard-000000.tar"
-    with pytest.raises(UserError, match="data.train: the checkpoint was trained with fingerprint"):
+    with pytest.raises(UserError, match="data.train: the checkpoint was trained on other data, so"):
         fit(data_of(text_folder, train=one_shard), ckpt_path=path)
 
 
@@ -205,11 +224,12 @@ def test_ranks_read_parts_of_the_same_batches(text_folder, world):
             distributed_sampler_kwargs=ranks, accumulate_grad_batches=1, overfit_batches=0
         )
         data.setup("fit")
-        parts.append([list(batch) for batch in data._train_batches(data._beginning(epoch=1))])
+        parts.append(list(data._train_plan(data._beginning(epoch=1))))
     alone = data_of(text_folder)
     alone.setup("fit")
-    whole = list(alone._train_batches(alone._beginning(epoch=1)))
-    assert [sum(pieces, []) for pieces in zip(*parts, strict=True)] == whole
+    whole = list(alone._train_plan(alone._beginning(epoch=1)))
+    read = [sorted(planned.ref for batch in batches for planned in batch) for batches in zip(*parts, strict=True)]
+    assert read == [sorted(planned.ref for planned in batch) for batch in whole]
 
 
 def test_settings_that_cannot_work_name_themselves(text_folder):
@@ -223,12 +243,11 @@ def test_settings_that_cannot_work_name_themselves(text_folder):
         data_of(text_folder, num_workers=-1)
 
 
-def test_packing_and_answer_kinds_come_from_settings_and_shards(text_folder):
-    data = data_of(text_folder, samples_per_row=2)
+def test_answer_kinds_and_fingerprint_come_from_the_shards(text_folder):
+    data = data_of(text_folder)
     data.setup("fit")
     assert data.answer_kinds == ("number", "surety")
     assert data.fingerprint == dict.fromkeys(("train", "val"), open_shards(text_folder).fingerprint)
-    assert next(iter(data.val_dataloader())).row_of_sample.tolist() == [0, 0, 1, 1]
 
 
 PROBE = {
@@ -278,3 +297,63 @@ def test_a_probe_that_fails_leaves_no_split_behind(tmp_path):
     with pytest.raises(UserError, match="data.probe.kinds"):
         probe_of(tmp_path, kinds=["colur"]).prepare_data()
     assert not [path for path in tmp_path.rglob("*") if path.name.startswith("train")]
+
+
+def test_damaged_samples_are_left_out_of_training_and_validation(text_folder, tmp_path):
+    folder = damage(text_folder, tmp_path / "damaged", member="json")
+    state = {}
+    for limit, num_workers in ((0.01, 0), (0.01, 1)):
+        data = data_of(folder, max_bad_fraction=limit, num_workers=num_workers)
+        skipped = SkippedSamples()
+        module = fit(data, skipped, default_root_dir=tmp_path, max_epochs=2)
+        assert [sorted(sum(module.keys[n : n + 7], ())) for n in (0, 7)] == [[k for k in ALL_KEYS if k != "s09"]] * 2
+        assert module.val_keys == [key for key in ALL_KEYS if key != "s09"] * 2
+        state[num_workers] = skipped.state_dict()
+    assert state[0] == state[1] and state[0]["counts"] == {"train": [52, 2], "val": [52, 2]}
+    assert json.loads((tmp_path / "skipped.json").read_text())["samples"][0]["times"] == 4
+    with pytest.raises(UserError, match="sample 's09'.* data.max_bad_fraction=0 "):
+        fit(data_of(folder), SkippedSamples(), default_root_dir=tmp_path)
+    with pytest.raises(UserError, match="sample 's09', member 'json'"):  # nobody counts
+        fit(data_of(folder, max_bad_fraction=0.5))
+
+
+def test_a_resumed_run_goes_on_counting(text_folder, tmp_path):
+    folder = damage(text_folder, tmp_path / "damaged", member="json")
+    options = {"max_bad_fraction": 0.5, "val": None}
+    skipped, path, rest = (
+        SkippedSamples(),
+        tmp_path / "saved.ckpt",
+        {"limit_val_batches": 0, "default_root_dir": tmp_path},
+    )
+    whole = fit(data_of(folder, **options), SaveAt("on_train_batch_end", 9, path), skipped, **rest)
+    resumed = SkippedSamples()
+    assert fit(data_of(folder, **options), resumed, ckpt_path=path, **rest).keys == whole.keys[9:]
+    assert resumed.state_dict() == skipped.state_dict()
+
+
+def test_changed_data_are_named_on_resume(text_folder, tmp_path):
+    folder, path = tmp_path / "shards", tmp_path / "run" / "checkpoints" / "saved.ckpt"
+    shutil.copytree(text_folder, folder)
+    data = data_of(folder)
+    fit(data, SaveAt("on_train_batch_end", 2, path), max_epochs=1)
+    (tmp_path / "run" / "data.json").write_text(json.dumps(data.record()))
+    (folder / "shards.json").unlink()
+    for ending in ("tar", "index.json"):
+        (folder / f"shard-000004.{ending}").unlink()
+    with pytest.raises(
+        UserError, match=r"data.train: .* other data \(in '.*shards' 1 shard\(s\) removed: shard-000004.t"
+    ):
+        fit(data_of(folder), ckpt_path=path)
+
+
+def test_settings_are_checked_by_name(text_folder):
+    for changes, message in [
+        ({"pack_tokens": 0}, "data.pack_tokens: must be at least 1, got 0"),
+        ({"bytes_per_token": 0}, "data.bytes_per_token: must be above 0"),
+        ({"max_bad_fraction": 1.5}, "data.max_bad_fraction: must be from 0 to 1, got 1.5"),
+        ({"sample_timeout_s": -1}, "data.sample_timeout_s: must be above 0, or null, got -1"),
+        ({"turns": "once"}, "data.turns: must be one of all, one.*did you mean 'one'"),
+        ({"worker_start": "spwan"}, "data.worker_start: .*did you mean 'spawn'"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            data_of(text_folder, **changes)

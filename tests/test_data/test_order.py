@@ -1,15 +1,17 @@
-"""Order: a pure function that covers everything once, whatever the number of ranks; position: a validated record."""
+"""Order: a pure function that covers everything once, alone or mixed by weight; and what is drawn for a sample."""
 
 import hashlib
+from collections import Counter
+from fractions import Fraction
+from itertools import accumulate
 
 import numpy as np
 import pytest
 
-from data.order import EpochOrder, GlobalBatches, Position, SampleRef
-from lightning_crosslmm.errors import UserError
+from data.order import EpochOrder, MixedOrder, SampleRef, Share, drawn, proportions
 
 SIZES = [5, 3, 7, 1, 4, 6, 2, 8]  # 36 samples
-ALL = [SampleRef(shard, sample) for shard, size in enumerate(SIZES) for sample in range(size)]
+ALL = [SampleRef(shard, sample, 0) for shard, size in enumerate(SIZES) for sample in range(size)]
 
 
 def order(seed=3, epoch=0, fingerprint="f", sizes=SIZES, window_shards=3, shuffle=True):
@@ -26,7 +28,7 @@ def test_every_sample_stands_once(window_shards, shuffle):
 
 def test_empty_shards_are_passed_over():
     refs = list(order(sizes=[0, 2, 0, 0, 3, 0], window_shards=2))
-    assert sorted(refs) == [(1, 0), (1, 1), (4, 0), (4, 1), (4, 2)]
+    assert sorted(ref[:2] for ref in refs) == [(1, 0), (1, 1), (4, 0), (4, 1), (4, 2)]
 
 
 def test_order_is_a_function_of_its_name_and_can_be_read_anywhere():
@@ -41,7 +43,7 @@ def test_order_is_a_function_of_its_name_and_can_be_read_anywhere():
 
 
 def test_order_never_changes_between_releases():
-    refs = np.array(list(order()), dtype=np.int64)
+    refs = np.array([ref[:2] for ref in order()], dtype=np.int64)
     assert hashlib.sha256(refs.tobytes()).hexdigest()[:16] == "3c754acf4b9e7fab"
 
 
@@ -59,60 +61,74 @@ def test_a_window_holds_few_shards_and_mixes_them():
     assert changes > len(SIZES) + 4  # samples of a window's shards are mixed, not one shard after the other
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize("world", [1, 2, 4])
-@pytest.mark.parametrize("start_batch", [0, 2])
-def test_ranks_together_read_the_global_batches(world, accumulate, start_batch):
-    refs = list(order())
-    ranks = [list(GlobalBatches(order(), 8, rank, world, start_batch, True, accumulate)) for rank in range(world)]
-    assert {len(batches) for batches in ranks} == {(4 - start_batch) * accumulate}
-    for step in range(4 - start_batch):
-        read = [
-            ref
-            for piece in range(accumulate)
-            for rank in range(world)
-            for ref in ranks[rank][step * accumulate + piece]
-        ]
-        assert read == refs[(start_batch + step) * 8 : (start_batch + step + 1) * 8]
+SETS = [(Fraction("0.5"), [4, 6]), (Fraction(3), [5, 3, 9]), (Fraction("1.25"), [2])]  # 10, 17 and 2 samples
 
 
-def test_length_is_the_epochs_also_when_it_starts_later():
-    assert len(GlobalBatches(order(), 8, 0, 1)) == len(GlobalBatches(order(), 8, 0, 1, start_batch=3)) == 4
-    assert len(GlobalBatches(order(), 8, 0, 2, accumulate=2)) == 8
+def mixed(epoch=0, sets=SETS, seed=3):
+    firsts = [0, *accumulate(len(sizes) for _, sizes in sets)]
+    shares = [Share(first, sizes, weight) for first, (weight, sizes) in zip(firsts, sets, strict=False)]
+    return MixedOrder(seed, epoch, "f", shares, window_shards=2)
 
 
-@pytest.mark.parametrize(("world", "sizes"), [(1, [10, 10, 10, 6]), (4, [3, 3, 3, 2]), (7, [2, 2, 2])])
-def test_the_rest_is_shared_out_and_no_rank_stays_empty(world, sizes):
-    ranks = [list(GlobalBatches(order(), 10, rank, world, drop_last=False)) for rank in range(world)]
-    assert sorted(ref for batches in ranks for batch in batches for ref in batch) == ALL
-    assert [max(len(batches[step]) for batches in ranks) for step in range(len(ranks[0]))][: len(sizes) - 1] == sizes[
-        :-1
+@pytest.mark.parametrize("sets", [SETS, SETS[:2], SETS[::-1], [(Fraction(1), [3])] * 5])
+def test_sets_have_their_shares_and_every_pass_is_whole(sets):
+    owner = [number for number, (_, sizes) in enumerate(sets) for _ in sizes]
+    total = sum(sum(sizes) for _, sizes in sets)
+    share = proportions(total, [weight for weight, _ in sets])
+    read = [ref for epoch in range(7) for ref in mixed(epoch, sets)]
+    assert len(read) == 7 * total
+    for number, (_, sizes) in enumerate(sets):
+        own = [ref for ref in read if owner[ref.shard] == number]
+        assert len(own) == 7 * share[number]
+        size = sum(sizes)
+        for start in range(0, len(own), size):
+            one_pass = own[start : start + size]
+            assert {ref.epoch for ref in one_pass} == {start // size}
+            assert len({ref[:2] for ref in one_pass}) == len(one_pass), "no sample twice in a pass"
+
+
+def test_sets_are_evenly_spread():
+    refs = list(mixed())
+    owner = [0, 0, 1, 1, 1, 2]
+    for number, (weight, _) in enumerate(SETS):
+        exact = weight / sum(weight for weight, _ in SETS)
+        for place in range(1, len(refs) + 1):
+            count = sum(owner[ref.shard] == number for ref in refs[:place])
+            assert abs(count - exact * place) < len(SETS)
+
+
+def test_a_mixed_order_can_be_read_anywhere_and_never_changes():
+    refs = list(mixed(epoch=2))
+    again = mixed(epoch=2)
+    assert [again[place] for place in (28, 0, 13, 28)] == [refs[place] for place in (28, 0, 13, 28)]
+    assert list(mixed(epoch=2, seed=4)) != refs
+    digest = hashlib.sha256(np.array(refs, dtype=np.int64).tobytes()).hexdigest()
+    assert digest[:16] == "99ae7ee609c0febd"
+    with pytest.raises(IndexError):
+        again[29]
+
+
+def test_ten_million_samples_are_named_at_once():
+    large = [(Fraction(2), [1000] * 6000), (Fraction(1), [1000] * 4000)]
+    order = mixed(epoch=5, sets=large)
+    assert len(order) == 10_000_000
+    counts = Counter(order[place].shard < 6000 for place in range(9_999_000, 10_000_000))
+    assert abs(counts[True] - 667) <= 1
+
+
+def test_shares_are_rounded_by_largest_remainders():
+    assert proportions(10, [Fraction(1), Fraction(1), Fraction(1)]) == [4, 3, 3]
+    assert proportions(7, [Fraction("0.1"), Fraction("0.9")]) == [1, 6]
+
+
+def test_what_is_drawn_depends_on_the_name_alone():
+    ref = SampleRef(3, 4, 5)
+    assert drawn(1, ref, "turn") == drawn(1, ref, "turn") == pytest.approx(0.7675273633437466)
+    others = [
+        drawn(2, ref, "turn"),
+        drawn(1, ref, "offset 0"),
+        *(drawn(1, ref._replace(**{f: 9}), "turn") for f in ref._fields),
     ]
-    for step in range(len(ranks[0])):
-        counts = [len(batches[step]) for batches in ranks]
-        assert min(counts) >= 1 and max(counts) - min(counts) <= 1
-    assert {len(batches) for batches in ranks} == {len(GlobalBatches(order(), 10, 0, world, drop_last=False))}
-
-
-def test_too_few_samples_for_one_batch_are_refused():
-    with pytest.raises(UserError, match="data.global_batch_size: 36 samples make no batch of 40"):
-        GlobalBatches(order(), 40, 0, 1)
-    with pytest.raises(UserError, match=r"36 samples .* 50 rank"):
-        GlobalBatches(order(), 50, 0, 50, drop_last=False)
-
-
-def test_position_goes_on_and_comes_back_from_its_record():
-    position = Position(seed=1, epoch=2, batch=3, global_batch=8, fingerprint="f")
-    assert Position.from_dict(position.to_dict()) == position
-    assert position.advance().batch == 4 and position.advance(5).epoch == 2
-    assert position.advance(5).next_epoch() == Position(1, 3, 0, 8, "f")
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [({"epoch": -1}, "epoch"), ({"batch": 1.0}, "batch"), ({"fingerprint": 5}, "fingerprint"), ({"version": 9}, "9"),
-     ({"more": 1}, "more"), ({"seed": True}, "seed")],
-)  # fmt: skip
-def test_a_wrong_record_is_refused(change, message):
-    with pytest.raises(UserError, match=message):
-        Position.from_dict(Position(1, 2, 3, 8, "f").to_dict() | change)
+    assert len({drawn(1, ref, "turn"), *others}) == 6
+    spread = [drawn(0, SampleRef(0, place, 0), "turn") for place in range(2000)]
+    assert min(spread) >= 0 and max(spread) < 1 and abs(sum(spread) / 2000 - 0.5) < 0.03
