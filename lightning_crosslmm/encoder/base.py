@@ -5,18 +5,19 @@ Axis letters:
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_crosslmm.errors import UserError
-from lightning_crosslmm.taps import BlockHook, Taps
+from lightning_crosslmm.taps import Asks, BlockHook, Taps, Tower
 
 
 class Encoder(nn.Module):
     """Turn frames into source tokens, one raster of patches per frame.
 
-    Subclasses set `width` and `grid` and write `patches`.
+    Subclasses set `width`, `grid`, `num_blocks` and `read_block`, and write `patches`.
 
     Args:
         image_size: pixels per side that the tower expects.
@@ -30,12 +31,22 @@ class Encoder(nn.Module):
 
     width: int
     grid: tuple[int, int]
+    num_blocks: int
+    """Blocks of the full tower; those after `read_block` are gone."""
+    read_block: int
+    num_prefix: int = 0
+    """Class and register tokens in front of the patches."""
+    has_class_token: bool = False
+    identity: dict[str, Any]
+    """Plain values that tell this tower from others: thresholds calibrated on one mean nothing on another."""
 
     gives: frozenset[str] = frozenset({"grid"})
     """What a pooler may ask for: ``"grid"``, a regular raster of patches per frame; ``"saliency.KIND"``, ``"keys"`` and
     ``"layers"`` (see `taps.Asks`); ``"blocks"``, a `taps.BlockHook` between the tower's blocks."""
     mean_C11: Tensor
     std_C11: Tensor
+    probe_HE: Tensor | None
+    """The attention-pooling head's probe (see `saliency.fold_probe`), where the tower has one and it was asked for."""
 
     def __init__(self, image_size: int, mean: Sequence[float], std: Sequence[float], frames_per_chunk: int) -> None:
         super().__init__()
@@ -44,6 +55,28 @@ class Encoder(nn.Module):
         self.image_size, self.frames_per_chunk = image_size, frames_per_chunk
         self.register_buffer("mean_C11", torch.tensor(list(mean)).view(-1, 1, 1), persistent=False)
         self.register_buffer("std_C11", torch.tensor(list(std)).view(-1, 1, 1), persistent=False)
+        self.register_buffer("probe_HE", None)
+        self._found_probe: list[Tensor] = []  # in a list, it is no part of the module until asked for
+
+    def prepare(self, asks: Asks) -> None:
+        """Get ready to fill in what a pooler asks for; called once, when the model is built.
+
+        Raises:
+            UserError: a layer that the tower has not, or not any more.
+        """
+        self.asked_blocks(asks)
+        if asks.saliency == "probe":
+            (self.probe_HE,) = self._found_probe
+        self._found_probe = []
+
+    def asked_blocks(self, asks: Asks) -> list[int]:
+        """Number the blocks whose outputs are asked for."""
+        return [asked_block(layer, self.num_blocks, self.read_block) for layer in asks.layers]
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """Blocks that run as modules, whose weights sharded training may gather one block at a time."""
+        return ()
 
     def normalise(self, frames_FCHW: Tensor) -> Tensor:
         """Bring uint8 pixels to the tower's scale: ``(x / 255 - mean) / std``, in the tower's dtype."""
@@ -88,6 +121,10 @@ class Encoder(nn.Module):
             return self.hooked_patches(pixels_FCHW, hook)
         return self.patches(pixels_FCHW) if taps is None else self.tapped_patches(pixels_FCHW, taps)
 
+    def facts(self) -> Tower:
+        """Tell a pooler that acts in the encoder where it will act."""
+        return Tower(self.read_block + 1, self.num_prefix, self.has_class_token, self.identity)
+
     def gradient_checkpointing_enable(self) -> None:
         """Recompute the tower's blocks in the backward pass."""
         raise NotImplementedError
@@ -102,5 +139,32 @@ def block_number(layer: int, num_blocks: int) -> int:
     if not -num_blocks <= layer < num_blocks:
         raise UserError(
             f"encoder.layer is {layer}; this tower has blocks 0 to {num_blocks - 1} (or -{num_blocks} to -1)"
+        )
+    return layer % num_blocks
+
+
+def asked_block(layer: int | float, num_blocks: int, read_block: int) -> int:
+    """Turn one of `Asks.layers` into a block number from 0.
+
+    Args:
+        layer: a block, negative counts from the last of the full tower; or a share of the depth that is run.
+        num_blocks: of the full tower.
+        read_block: the last that is run.
+
+    Raises:
+        UserError: the tower has no such block, or it stands after the one that is read.
+    """
+    if isinstance(layer, float):
+        if not 0.0 < layer <= 1.0:
+            raise UserError(f"pooler.layers has {layer}; a share of the encoder's depth is above 0 and at most 1.0")
+        return max(1, round(layer * (read_block + 1))) - 1
+    if not -num_blocks <= layer < num_blocks:
+        raise UserError(
+            f"pooler.layers has {layer}; the encoder's tower has blocks 0 to {num_blocks - 1} (or -{num_blocks} to -1)"
+        )
+    if layer % num_blocks > read_block:
+        raise UserError(
+            f"pooler.layers has {layer}, block {layer % num_blocks} of {num_blocks}, but encoder.layer reads block "
+            f"{read_block}, and those after it do not run; set encoder.layer={layer}, or take layers to {read_block}"
         )
     return layer % num_blocks

@@ -150,3 +150,11 @@ def test_checkpointing_recomputes_the_layers(saved):
     body.encoder.layers[0].self_attn.register_forward_hook(lambda *_: calls.append(1))
     encoder(FRAMES).square().mean().backward()
     assert len(calls) == 2
+
+
+def test_on_the_meta_device_the_geometry_is_the_checkpoints(saved):
+    kind, tower, folder = saved
+    with torch.device("meta"):
+        encoder = TransformersEncoder({"model_type": kind}, 16, weights=folder)
+    assert encoder.width == tower.config.hidden_size and len(encoder.blocks) == 2
+    assert {weight.device.type for weight in encoder.parameters()} == {"meta"}
