@@ -64,7 +64,13 @@ def insert_block(llm: PreTrainedModel, number: int, block: nn.Module, *, before_
     layer = head.model.layers[number]
     layer.fusion = block
     layer.__class__ = _fused_layer_class(layer.__class__, before_layer)
-    if not getattr(head, "takes_fusion", False):
+    carry_contexts(llm)
+
+
+def carry_contexts(llm: PreTrainedModel) -> None:
+    """Let an LLM take ``fusion=`` and ``unmerging=`` and carry them to its layers."""
+    head: Any = llm
+    if not getattr(head, "takes_contexts", False):
         head.__class__ = _head_class(head.__class__)
         head.model.__class__ = _body_class(head.model.__class__)
 
@@ -92,15 +98,30 @@ def _fused_layer_class(stock: type[nn.Module], before_layer: bool) -> type[nn.Mo
 
 @functools.cache
 def _body_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    def forward(self: Any, *args: Any, fusion: Context | None = None, **kwargs: Any) -> Any:
-        if fusion is None:
+    def forward(
+        self: Any, *args: Any, fusion: Context | None = None, unmerging: Any = None, **kwargs: Any
+    ) -> Any:
+        if fusion is None and unmerging is None:
             return stock.forward(self, *args, **kwargs)
         past = kwargs.get("past_key_values")
         given = kwargs["inputs_embeds"] if kwargs.get("inputs_embeds") is not None else kwargs["input_ids"]
-        fusion = fusion.at(0 if past is None else past.get_seq_length(), given.shape[1])
-        return stock.forward(self, *args, fusion=fusion, **kwargs)
+        call = (0 if past is None else past.get_seq_length(), given.shape[1])
+        if fusion is not None:
+            kwargs["fusion"] = fusion.at(*call)
+        if unmerging is not None:
+            # at position 0 nothing is turned; each copy is turned to its own place in the attention
+            kwargs["position_ids"] = torch.zeros(given.shape[:2], dtype=torch.int64, device=given.device)
+            like = torch.empty(0, dtype=self.embed_tokens.weight.dtype, device=given.device)
+            kwargs["unmerging"] = unmerging.at(*call).turned(functools.partial(_rotation, self.rotary_emb, like))
+        return stock.forward(self, *args, **kwargs)
 
     return type(stock.__name__, (stock,), {"forward": forward, "__module__": stock.__module__})
+
+
+def _rotation(rotary: Any, like: Tensor, place_RT: Tensor) -> tuple[Tensor, Tensor]:
+    cos, sin = rotary(like, place_RT)
+    scale = rotary.attention_scaling  # at position 0 it has been applied already
+    return (cos, sin) if scale == 1.0 else (cos / scale, sin / scale)
 
 
 @functools.cache
@@ -115,6 +136,7 @@ def _head_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
         past_key_values: Any = None,
         inputs_embeds: Tensor | None = None,
         fusion: Context | None = None,
+        unmerging: Any = None,
         **kwargs: Any,
     ) -> Any:
         return stock.forward(
@@ -125,11 +147,12 @@ def _head_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             fusion=fusion,
+            unmerging=unmerging,
             **kwargs,
         )
 
     del forward.__wrapped__  # its signature is what generate inspects
-    body = {"forward": forward, "takes_fusion": True, "__module__": stock.__module__}
+    body = {"forward": forward, "takes_contexts": True, "__module__": stock.__module__}
     return type(stock.__name__, (stock,), body)
 
 

@@ -32,7 +32,8 @@ def load_llm(config: Mapping[str, Any], weights: str | None = None, attention: s
     Args:
         config: geometry as in transformers' configuration, with ``model_type`` qwen2, qwen3 or llama. Beside `weights`
             it is a claim: an entry that the checkpoint contradicts is refused.
-        weights: a local folder or hub name; None starts from random weights. Not loaded on the meta device.
+        weights: a local folder or hub name; None starts from random weights. On the meta device nothing is loaded or
+            fetched; its geometry is read where a copy is at hand.
         attention: attention backend of transformers: ``sdpa``, ``eager``, ``flash_attention_2``.
 
     Returns:
@@ -53,20 +54,33 @@ def load_llm(config: Mapping[str, Any], weights: str | None = None, attention: s
     for key in claimed:
         if key not in known:
             raise UserError(f"llm.model.config has no entry '{key}'{nearest(key, known)}")
+    on_meta = torch.get_default_device().type == "meta"
     try:
-        if weights is None or torch.get_default_device().type == "meta":
+        found = None if weights is None else _geometry(weights, on_meta)
+        if weights is None or found is None:
             settings = config_class(**claimed)
             settings._attn_implementation = attention
             return model_class(settings)
-        found = AutoConfig.from_pretrained(weights)
         for key, value in config.items():
             if getattr(found, key, None) != value:
                 raise UserError(
                     f"llm.model.config.{key} is {value}, but the checkpoint in llm.model.weights "
                     f"'{weights}' has {getattr(found, key, None)}"
                 )
+        if on_meta:
+            found._attn_implementation = attention
+            return model_class(found)
         return AutoModelForCausalLM.from_pretrained(weights, attn_implementation=attention, dtype=torch.float32)
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise UserError(
             f"llm.model with weights '{weights}' and attention '{attention}' could not be built: {error}"
         ) from error
+
+
+def _geometry(weights: str, on_meta: bool) -> Any:
+    try:
+        return AutoConfig.from_pretrained(weights, local_files_only=on_meta)
+    except OSError:
+        if on_meta:
+            return None
+        raise

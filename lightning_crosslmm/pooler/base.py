@@ -1,11 +1,12 @@
 """The pooler's contract: what it declares, and what it is given."""
 
 from enum import StrEnum
+from typing import Any
 
 from torch import Tensor, nn
 
 from lightning_crosslmm.errors import UserError, nearest
-from lightning_crosslmm.taps import Asks, BlockHook
+from lightning_crosslmm.taps import Asks, BlockHook, Tower
 from lightning_crosslmm.tokens import TokenSet
 
 
@@ -57,6 +58,16 @@ class Pooler(nn.Module):
             )
         self.stage = Stage(stage)
 
+    covers: bool = False
+    """Whether its source map is a `Partition` that drops no patch, whatever the picture."""
+
+    def enter(self, tower: Tower) -> None:
+        """Learn in which tower it will act; called once, before `connect`, and only for `Stage.IN_ENCODER`.
+
+        Raises:
+            UserError: this tower does not suit.
+        """
+
     def connect(self, in_width: int, llm_width: int, grid: tuple[int, int]) -> int:
         """Learn what stands around, and make the parameters that depend on it; called once, when the model is built.
 
@@ -77,7 +88,7 @@ class Pooler(nn.Module):
         """How many tokens a frame of `grid` patches becomes; None when it depends on the picture or the clip."""
         raise NotImplementedError(f"{type(self).__name__} must say tokens_per_frame(grid)")
 
-    def forward(self, tokens: TokenSet) -> TokenSet:
+    def forward(self, tokens: TokenSet, *args: Any, **kwargs: Any) -> TokenSet | tuple[TokenSet, Tensor]:
         """Pool every frame (or clip) of the set.
 
         Those with `asks` get ``taps=`` too, those that need a question ``questions=``; a pooler that rewrites the
@@ -85,6 +96,8 @@ class Pooler(nn.Module):
 
         Args:
             tokens: the encoder's tokens, or the projected ones, as `stage` says.
+            *args: none; stands for what a subclass names instead of it.
+            **kwargs: ``taps=`` and ``questions=`` where they were asked for.
 
         Returns:
             A set over the same frames and visuals (a frame may end with no token), its source map chained to that of
@@ -110,8 +123,15 @@ class Pooler(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} acts in the encoder and must collect()")
 
 
-def check_grid(name: str, rows: int, columns: int, grid: tuple[int, int]) -> None:
+def check_grid(name: str, rows: int, columns: int, grid: tuple[int, int], prefix: str = "") -> None:
     """Refuse an output grid that is empty or finer than the encoder's.
+
+    Args:
+        name: the pooler's class.
+        rows: asked for.
+        columns: asked for.
+        grid: the encoder's rows and columns.
+        prefix: of the two settings, ``fast_`` for ``pooler.fast_rows``.
 
     Raises:
         UserError: names the pooler, its grid and the encoder's.
@@ -120,5 +140,44 @@ def check_grid(name: str, rows: int, columns: int, grid: tuple[int, int]) -> Non
         raise UserError(
             f"pooler {name} asks for a grid of {rows}x{columns} tokens per frame, the encoder "
             f"gives {grid[0]}x{grid[1]}; "
-            f"pooler.rows must be 1 to {grid[0]} and pooler.columns 1 to {grid[1]}"
+            f"pooler.{prefix}rows must be 1 to {grid[0]} and pooler.{prefix}columns 1 to {grid[1]}"
         )
+
+
+def check_budget(name: str, num_tokens: int, grid: tuple[int, int]) -> None:
+    """Refuse a budget of no token, or of more tokens than a frame has patches.
+
+    Raises:
+        UserError: names the pooler, its budget and the encoder's patches.
+    """
+    patches = grid[0] * grid[1]
+    if not 1 <= num_tokens <= patches:
+        raise UserError(
+            f"pooler {name}: pooler.num_tokens is {num_tokens}, the encoder gives {grid[0]}x{grid[1]} patches per "
+            f"frame; it must be 1 to {patches}"
+        )
+
+
+def check_positive(name: str, **settings: int) -> None:
+    """Refuse a count below 1.
+
+    Raises:
+        UserError: names the pooler, the setting and its value.
+    """
+    for setting, value in settings.items():
+        if value < 1:
+            raise UserError(f"pooler {name}: pooler.{setting} is {value}; it must be 1 or more")
+
+
+def grid_of(pooler: Pooler, tokens: TokenSet) -> Tensor:
+    """View a set as (F, rows, columns, D), for a pooler that cannot do without.
+
+    Raises:
+        UserError: an irregular pooler came before; names the one that minds.
+    """
+    if tokens.grid is None:
+        raise UserError(
+            f"pooler {type(pooler).__name__} needs a regular grid of tokens, and this set is no longer one; let it "
+            f"come before the irregular pooler, or choose one that needs no grid (uniform, random, perceiver, qformer)"
+        )
+    return tokens.as_grid()

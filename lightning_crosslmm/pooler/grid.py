@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from lightning_crosslmm.pooler.base import Pooler, Stage, check_grid
+from lightning_crosslmm.pooler.base import Pooler, Stage, check_grid, grid_of
 from lightning_crosslmm.tokens import (
     Partition,
     SourceMap,
@@ -51,24 +51,26 @@ class GridPooler(Pooler):
 
     def forward(self, tokens: TokenSet) -> TokenSet:
         """Pool each frame; the grid of the result is (rows, columns)."""
-        grid_FHWD = tokens.as_grid()
+        grid_FHWD = grid_of(self, tokens)
         height, width = grid_FHWD.shape[1:3]
         tables = self._tables_for((height, width), grid_FHWD.device)
-        pooled_FhWD = torch.einsum("hH,FHWD->FhWD", tables.rows_hH.to(grid_FHWD.dtype), grid_FHWD)
-        pooled_FhwD = torch.einsum("wW,FhWD->FhwD", tables.columns_wW.to(grid_FHWD.dtype), pooled_FhWD)
         per_frame = self.rows * self.columns
         count = tokens.num_frames * per_frame
         scale = (height / self.rows, width / self.columns)
         place_S3 = grid_coordinates(frame_in_visual(tokens.visual_offsets), (self.rows, self.columns), scale)
         return replace(
             tokens,
-            features_SD=pooled_FhwD.flatten(0, 2),
+            features_SD=self._resampled(grid_FHWD, tables).flatten(0, 2),
             frame_offsets=torch.arange(tokens.num_frames + 1) * per_frame,
             coordinate_S3=place_S3.to(grid_FHWD.device),
             mass_S=tokens.mass_S.new_full((count,), scale[0] * scale[1]),
             grid=(self.rows, self.columns),
             source_map=compose(tokens.source_map, tables.map_of(tokens.num_frames)),
         )
+
+    def _resampled(self, grid_FHWD: Tensor, tables: "_Tables") -> Tensor:
+        pooled_FhWD = torch.einsum("hH,FHWD->FhWD", tables.rows_hH.to(grid_FHWD.dtype), grid_FHWD)
+        return torch.einsum("wW,FhWD->FhwD", tables.columns_wW.to(grid_FHWD.dtype), pooled_FhWD)
 
     def _tables_for(self, grid: tuple[int, int], device: torch.device) -> "_Tables":
         # made once per grid and device, on the CPU: nothing in the forward pass waits for the accelerator
@@ -143,6 +145,24 @@ class AveragePooler(GridPooler):
         place = torch.arange(size_in)
         inside = (place >= start[:, None]) & (place < end[:, None])
         return inside / inside.sum(dim=1, keepdim=True)
+
+
+class MaxPooler(AveragePooler):
+    """Take the largest value of each channel in each window of the grid; windows as in `AveragePooler`.
+
+    Source: the "max" mode of LLaVA-NeXT's video code, a plain baseline.
+    Differs: there after the projector and with windows of 2x2; here any grid and either stage. The source map names the
+        patches of the window, though each channel comes from one of them.
+
+    Args:
+        rows: pooled rows per frame.
+        columns: pooled columns per frame; None means as many as rows.
+        stage: where it acts.
+    """
+
+    def _resampled(self, grid_FHWD: Tensor, tables: "_Tables") -> Tensor:
+        pooled_FDhw = nn.functional.adaptive_max_pool2d(grid_FHWD.permute(0, 3, 1, 2), (self.rows, self.columns))
+        return pooled_FDhw.permute(0, 2, 3, 1)
 
 
 class BilinearPooler(GridPooler):

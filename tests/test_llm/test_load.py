@@ -40,6 +40,15 @@ def test_geometry_alone_gives_random_weights_in_single_precision():
     assert next(llm.parameters()).dtype == torch.float32
 
 
+def test_on_the_meta_device_the_geometry_is_the_checkpoints(tmp_path):
+    tiny_llm("qwen2", rms_norm_eps=1e-3, hidden_act="relu").bfloat16().save_pretrained(tmp_path)
+    with torch.device("meta"):
+        llm = load_llm({"model_type": "qwen2"}, weights=str(tmp_path), attention="eager")
+    assert (llm.config.rms_norm_eps, llm.config.hidden_act, llm.config.hidden_size) == (1e-3, "relu", 32)
+    assert llm.config._attn_implementation == "eager"
+    assert {(weight.device.type, weight.dtype) for weight in llm.parameters()} == {("meta", torch.float32)}
+
+
 def test_nothing_is_loaded_on_the_meta_device(tmp_path):
     with torch.device("meta"):
         llm = load_llm(claims("qwen2"), weights=str(tmp_path / "absent"))

@@ -4,10 +4,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.nn.functional import adaptive_avg_pool2d, interpolate
+from torch.nn.functional import adaptive_avg_pool2d, adaptive_max_pool2d, interpolate
 
 from lightning_crosslmm.errors import UserError
-from lightning_crosslmm.pooler import AveragePooler, BilinearPooler
+from lightning_crosslmm.pooler import AveragePooler, BilinearPooler, MaxPooler
 from lightning_crosslmm.tokens import Partition, Weighted
 from tests.tiny import token_set
 
@@ -166,7 +166,7 @@ def test_half_precision_stays_half():
 
 
 def test_tokens_without_a_grid_are_refused():
-    with pytest.raises(ValueError, match="no longer form a regular grid"):
+    with pytest.raises(UserError, match="AveragePooler needs a regular grid of tokens, and this set is no longer one"):
         AveragePooler(1)(replace(token_set(), grid=None))
 
 
@@ -175,3 +175,42 @@ def test_no_frames_give_no_tokens(arm):
     pooled = ARMS[arm][0](2)(token_set(frames_of_visual=(), grid=(3, 4)))
     pooled.validate()
     assert pooled.features_SD.shape == (0, 5)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (2, 3), (3, 2), (5, 4)])
+def test_max_is_the_largest_of_each_window_and_lies_where_the_average_does(rows, columns):
+    tokens = token_set(frames_of_visual=(2, 1), grid=(5, 4))
+    pooled, averaged_too = MaxPooler(rows, columns)(tokens), AveragePooler(rows, columns)(tokens)
+    pooled.validate()
+    assert torch.equal(as_pictures(pooled), adaptive_max_pool2d(as_pictures(tokens), (rows, columns)))
+    largest = [
+        tokens.as_grid()[frame, y * 5 // rows : -(-(y + 1) * 5 // rows), x * 4 // columns : -(-(x + 1) * 4 // columns)]
+        for frame in range(3)
+        for y in range(rows)
+        for x in range(columns)
+    ]
+    assert torch.equal(pooled.features_SD, torch.stack([window.flatten(0, 1).amax(dim=0) for window in largest]))
+    assert torch.equal(pooled.mass_S, averaged_too.mass_S)
+    assert torch.equal(pooled.coordinate_S3, averaged_too.coordinate_S3)
+
+
+def triangle(size_in, size_out, wide):
+    """Weights of one axis from the definition: a triangle around each sample point, cut off and renormalised."""
+    scale, rows = size_in / size_out, []
+    for cell in range(size_out):
+        centre, reach = (cell + 0.5) * scale - 0.5, max(scale, 1.0) if wide else 1.0
+        if not wide:
+            centre = min(max(centre, 0.0), size_in - 1.0)
+        row = [max(0.0, 1.0 - abs(place - centre) / reach) for place in range(size_in)]
+        rows.append([weight / sum(row) for weight in row])
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(("grid", "rows", "columns"), [((5, 4), 2, 3), ((6, 9), 3, 3), ((7, 7), 7, 1)])
+@pytest.mark.parametrize("wide", [False, True])
+def test_bilinear_is_triangles_around_sample_points(grid, rows, columns, wide):
+    tokens = token_set(frames_of_visual=(2,), grid=grid)
+    rows_hH, columns_wW = triangle(grid[0], rows, wide), triangle(grid[1], columns, wide)
+    expected = torch.einsum("hH,wW,FHWD->FhwD", rows_hH, columns_wW, tokens.as_grid().double())
+    pooled = BilinearPooler(rows, columns, antialias=wide)(tokens)
+    torch.testing.assert_close(pooled.as_grid(), expected.float(), **CLOSE)
