@@ -1,11 +1,14 @@
 """Train, measure, run or describe a video LMM: ``python train.py [mode=fit] [group=arm] [key=value] [-m]``.
 
-Mistakes in settings end in one message and exit code 2; ``HYDRA_FULL_ERROR=1`` shows where they were found.
+Mistakes in settings end in one message and exit code 2; ``HYDRA_FULL_ERROR=1`` shows where they were found. A training
+that was asked to stop, by a signal or a time limit, ends with exit code 75 and goes on with ``resume=auto``.
 """
 
 import logging
 import os
+import shlex
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import hydra
@@ -15,7 +18,9 @@ from omegaconf import DictConfig, open_dict
 
 from lightning_crosslmm.compose import ANY_TARGET, build_model, check_command_line, instantiate, save_resolved
 from lightning_crosslmm.errors import UserError
-from lightning_crosslmm.run_folder import choose_checkpoint, find_checkpoint
+from lightning_crosslmm.run_folder import AUTO, choose_checkpoint, find_checkpoint
+from lightning_crosslmm.same_run import is_done, is_first_process, words_of_newest, words_to_resume
+from lightning_crosslmm.stop_signals import RESUME_ME, STOP, Stopped
 
 CONF_DIR = Path(__file__).resolve().parent / "conf"
 
@@ -26,30 +31,59 @@ def run(cfg: DictConfig) -> None:
     if cfg.mode == "describe":
         show(cfg)
         return
+    if cfg.mode == "calibrate":
+        calibrate_thresholds(cfg)
+        return
+    if cfg.resume == AUTO and is_done(cfg):
+        return
+    if cfg.mode == "fit" and cfg.callbacks.get("preemption"):
+        STOP.listen()  # from here on a signal is not lost: the callback looks at it when training starts
+    try:
+        train_or_measure(cfg, checkpoint)
+    finally:
+        STOP.forget()
 
+
+def train_or_measure(cfg: DictConfig, checkpoint: Path | None) -> None:
+    """Build everything and let the trainer run.
+
+    Args:
+        cfg: of a mode that has a trainer.
+        checkpoint: ``fit`` goes on with it, the others measure its weights.
+    """
     # Here, so that a misspelt setting is told before seconds of imports.
     import lightning
+    import torch
     from lightning.pytorch.utilities import rank_zero_only
 
     from lightning_crosslmm.module import CrossLMMModule
+    from lightning_crosslmm.strategy import ShardedStrategy
     from lightning_crosslmm.text import load_tokenizer
     from lightning_crosslmm.weights import load_weights
 
     logging.getLogger("lightning").handlers.clear()  # Hydra's root handlers show each line already
 
     lightning.seed_everything(cfg.seed, workers=True)
-    model = build_model(cfg, ANY_TARGET)
-    if cfg.init_from is not None:
-        load_weights(model, find_checkpoint(Path(cfg.init_from), "init_from", ("best", "last")))
-    datamodule, optim, decoding = (instantiate(cfg[part], ANY_TARGET) for part in ("data", "optim", "decoding"))
     callbacks, loggers = (
         [each for each in instantiate(cfg[group], ANY_TARGET).values() if each] for group in ("callbacks", "logger")
     )
     trainer = instantiate(cfg.trainer, ANY_TARGET, callbacks=callbacks, logger=loggers)
+    # Where weights are sharded, the first process alone has them, and sends each other one its share.
+    has_weights = trainer.is_global_zero or not isinstance(trainer.strategy, ShardedStrategy)
+    with nullcontext() if has_weights else torch.device("meta"):
+        model = build_model(cfg, ANY_TARGET)
+    goes_on = cfg.mode == "fit" and checkpoint is not None
+    if goes_on and checkpoint.is_dir() and not isinstance(trainer.strategy, ShardedStrategy):
+        raise UserError(f"resume={checkpoint}: is sharded; go on with trainer=fsdp, or start anew with init_from")
+    if not goes_on and has_weights and (checkpoint or cfg.init_from):
+        start = checkpoint or find_checkpoint(Path(cfg.init_from), "init_from", ("best", "last"))
+        load_weights(model, start, whole=checkpoint is not None)
+    datamodule, optim, decoding = (instantiate(cfg[part], ANY_TARGET) for part in ("data", "optim", "decoding"))
 
     # Before Lightning does, because metrics are named after the question types that the data hold.
     datamodule.prepare_data()
     datamodule.setup(cfg.mode)
+    datamodule.fit_to(model)
     module = CrossLMMModule(
         model=model,
         tokenizer=load_tokenizer(cfg.llm.tokenizer),
@@ -60,10 +94,14 @@ def run(cfg: DictConfig) -> None:
     )
     if cfg.mode == "fit":
         rank_zero_only(save_resolved)(cfg, Path(cfg.run_dir))
-        if checkpoint is None and cfg.init_from is None:
+        if checkpoint is None and cfg.init_from is None and has_weights:
             datamodule.warm_start(model)
     # weights_only: a checkpoint holds tensors and plain values, and may run no code.
-    getattr(trainer, cfg.mode)(module, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
+    resumed = {"ckpt_path": checkpoint, "weights_only": True} if goes_on else {}
+    try:
+        getattr(trainer, cfg.mode)(module, datamodule=datamodule, **resumed)
+    finally:
+        datamodule.teardown(cfg.mode)  # Lightning does not after an error, and workers would stay
 
 
 def show(cfg: DictConfig) -> None:
@@ -78,6 +116,40 @@ def show(cfg: DictConfig) -> None:
     sys.stdout.write("\n".join(describe(model, instantiate(cfg.data.sampling, ANY_TARGET))) + "\n")
 
 
+def calibrate_thresholds(cfg: DictConfig) -> None:
+    """Measure on training frames when patches shall merge, and write ``calibration.json``."""
+    import lightning
+    import torch
+
+    from lightning_crosslmm.pooler.calibration import calibrate
+    from lightning_crosslmm.weights import load_weights
+
+    lightning.seed_everything(cfg.seed, workers=True)
+    trainer = instantiate(cfg.trainer, ANY_TARGET)
+    model, datamodule = build_model(cfg, ANY_TARGET), instantiate(cfg.data, ANY_TARGET)
+    datamodule.prepare_data()
+    datamodule.setup("fit")
+    if cfg.init_from is not None:
+        load_weights(model, find_checkpoint(Path(cfg.init_from), "init_from", ("best", "last")))
+    else:
+        datamodule.warm_start(model)
+    frames, wanted = [], max(0, cfg.calibrate.num_frames)
+    for batch in datamodule.train_dataloader():
+        frames.append(batch.frames_FCHW[:wanted])
+        wanted -= len(frames[-1])
+        if wanted <= 0:
+            break
+    datamodule.teardown("fit")
+    encoder = model.encoder.to(trainer.strategy.root_device).eval()
+    with trainer.precision_plugin.forward_context():
+        chunks = torch.cat(frames).split(encoder.frames_per_chunk)
+        found = calibrate(encoder, chunks, cfg.calibrate.tokens_per_frame)
+    path = Path(cfg.run_dir) / "calibration.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    found.write(path)
+    sys.stdout.write(f"{path}: {found.reached:.2f} tokens per frame on average over {found.num_frames} frames\n")
+
+
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
 def main(cfg: DictConfig) -> None:
     """Run what Hydra composed, in the folder Hydra chose."""
@@ -90,6 +162,11 @@ def main(cfg: DictConfig) -> None:
         run(cfg)
     except UserError as error:
         _give_up(error)
+    except Stopped as stop:
+        if is_first_process():
+            command = shlex.join([sys.argv[0], *words_to_resume(sys.argv[1:], Path(cfg.run_dir))])
+            sys.stderr.write(f"stopped: {stop}; go on with: python {command}\n")
+        raise SystemExit(RESUME_ME) from None
 
 
 def _give_up(error: UserError) -> None:
@@ -108,6 +185,8 @@ if __name__ == "__main__":
             for job in jobs:
                 run(job)
             raise SystemExit
+        if len(jobs) == 1:
+            sys.argv += words_of_newest(jobs[0], sys.argv[1:])
     except UserError as error:
         _give_up(error)
     main()

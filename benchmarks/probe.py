@@ -23,7 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout's roo
 
 from lightning_crosslmm.compose import ANY_TARGET, compose_overrides, instantiate, load_run
 from lightning_crosslmm.errors import UserError
-from lightning_crosslmm.run_folder import CHECKPOINTS, replacing
+from lightning_crosslmm.run_folder import has_checkpoints, replacing
+from lightning_crosslmm.same_run import as_word
 
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 ARMS = ("fusion=crosslmm", "fusion=none", "fusion=v2v", "fusion=t2v", "pooler=none fusion=none")
@@ -73,8 +74,8 @@ class Run:
         if _is_done(record) and ACCURACY in _read_json(self.folder / "metrics.json"):
             return
         words = list(self.words)
-        if (self.folder / CHECKPOINTS / "last.ckpt").exists():
-            words.append(f"resume={_quoted(self.folder)}")
+        if has_checkpoints(self.folder):
+            words.append(as_word("resume", self.folder))
         log = self.folder.with_name(f"{self.folder.name}.log")
         with log.open("a") as output:
             command = [sys.executable, str(TRAIN), *words]
@@ -127,7 +128,7 @@ def plan(arms: Sequence[str], seeds: Sequence[int], overrides: Sequence[str], ou
     for seed in seeds:
         for arm in arms:
             folder = out / f"{re.sub(r'[^A-Za-z0-9_.]+', '-', arm).strip('-')}_seed{seed}"
-            words = [*overrides, *shlex.split(arm), f"seed={seed}", f"run_dir={_quoted(folder)}"]
+            words = [*overrides, *shlex.split(arm), f"seed={seed}", as_word("run_dir", folder)]
             compose_overrides(TRAIN.parent / "conf", words)
             runs.append(Run(arm, seed, folder, words))
     return runs
@@ -189,11 +190,6 @@ def _is_done(record: dict[str, Any]) -> bool:
 
 def _read_json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {}
-
-
-def _quoted(path: Path) -> str:
-    # Hydra's grammar: any path is a value within quotes
-    return "'" + str(path).replace("'", "\\'") + "'"
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 
 from callbacks.throughput import Throughput
-from lightning_crosslmm.run_folder import replacing
+from lightning_crosslmm.run_folder import DATA_RECORD, replacing
 
 PACKAGES = (
     "torch", "torchvision", "timm", "transformers", "lightning", "webdataset", "av", "hydra-core", "xformers"
@@ -28,7 +28,9 @@ class RunRecord(lightning.Callback):
     """Write where a run came from when it starts, and its final numbers when it ends.
 
     ``provenance.json``: command line, git commit and whether the tree differed from it, package versions, Python,
-    platform, device, number of processes, fingerprint of the data, seed, start and end, and the error if one ended it.
+    platform, device, number of processes, fingerprint of the data, seed, start and end, and the error if one ended it;
+    the same of every start before in ``earlier_sessions``, where a training was resumed.
+    ``data.json``: every shard that is trained on, with its samples and checksums.
     ``metrics.json``: the last value of everything logged (``val/accuracy``, ``val/accuracy/<kind>``, ``train/loss``),
     ``train/seconds`` (wall time of fit, resumed parts added up) and ``train/wait_share`` of the whole run. Modes other
     than fit write ``provenance_<mode>.json`` and ``metrics_<mode>.json``; a number that is not finite is null.
@@ -61,11 +63,16 @@ class RunRecord(lightning.Callback):
             "data_fingerprint": getattr(trainer.datamodule, "fingerprint", None),
             "seed": self.seed,
         }
+        if trainer.state.fn == "fit":
+            self._record["earlier_sessions"] = _sessions(Path(trainer.default_root_dir) / "provenance.json")
         self._write(trainer, "provenance", self._record)
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Start the clock."""
+        """Start the clock, and list the data's shards, for a later run to say what changed."""
         self._start_s = time.perf_counter()
+        if self._record and hasattr(trainer.datamodule, "record"):
+            with replacing(Path(trainer.default_root_dir) / DATA_RECORD) as part:
+                part.write_text(json.dumps(trainer.datamodule.record()) + "\n")
 
     def on_exception(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
@@ -109,6 +116,14 @@ class RunRecord(lightning.Callback):
         path = Path(trainer.default_root_dir) / (f"{name}.json" if mode == "fit" else f"{name}_{mode}.json")
         with replacing(path) as part:
             part.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def _sessions(path: Path) -> list[dict[str, Any]]:
+    """Read the starts that a folder's record tells of, the oldest first; those that were killed have no end."""
+    if not path.exists():
+        return []
+    last = json.loads(path.read_text())
+    return [*last.pop("earlier_sessions", []), last]
 
 
 def _now() -> str:

@@ -150,7 +150,8 @@ def build_model(config: DictConfig, allow: Sequence[str]) -> "CrossLMM":
     """Build the model of a config from its parts.
 
     Args:
-        config: composed; reads the groups ``encoder``, ``pooler``, ``projector``, ``fusion`` and ``llm.model``.
+        config: composed; reads the groups ``encoder``, ``pooler``, ``projector``, ``fusion`` and ``llm.model``, and
+            ``virtual_unmerging``.
         allow: see :func:`instantiate`.
 
     Returns:
@@ -169,7 +170,9 @@ def build_model(config: DictConfig, allow: Sequence[str]) -> "CrossLMM":
         if not isinstance(node, DictConfig):
             raise UserError(f"{path}: is {node}; a model needs it, choose an arm with {name}=...")
         parts[name] = instantiate(node, allow)
-    return CrossLMM(**parts)
+    model = CrossLMM(**parts, virtual_unmerging=config.get("virtual_unmerging", "none"))  # older runs have none
+    model.checks_pooler = bool(config.get("check_pooler"))
+    return model
 
 
 def save_resolved(config: DictConfig, run_dir: Path) -> None:

@@ -1,10 +1,11 @@
 """Where the model looked: attention of both branches as maps over the encoder's patches.
 
 Axis letters:
-    S  source tokens    F  frames of a sample    H W  rows and columns of patches    q n  queries and keys of a group
+    S  source tokens    N  patches    F  frames of a sample    H W  rows and columns of patches
+    q n  queries and keys of a group    E  entries of a source map
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch import Tensor
 from lightning_crosslmm.batch import VideoBatch
 from lightning_crosslmm.model import CrossLMM
 from lightning_crosslmm.placement import Layout
+from lightning_crosslmm.tokens import Opaque, SourceMap
 
 
 @dataclass(frozen=True)
@@ -48,24 +50,31 @@ def attention_maps(model: CrossLMM, prompts: VideoBatch) -> list[dict[str, Tenso
     Returns:
         Per sample, ``v2v`` and ``t2v`` as (F, H, W) float32 on the CPU, whichever the model has.
     """
-    was_training = model.training
-    prompt = model.eval().prompt(prompts)
-    if prompt.context is None:
-        model.train(was_training)
+    prompt = model.look(prompts)
+    context = prompt.context
+    if context is None:
         return [{} for _ in prompts.keys]
-    context = replace(prompt.context, looks=[])
-    model.run(replace(prompt, context=context))
-    model.train(was_training)
     heat: dict[str, Tensor] = {}
     for _, branch, weights in context.looks or []:
         share_S = _collect(branch, weights, len(context.source_SE), prompt.layout) / len(model.fused_layers)
         heat[branch] = heat[branch] + share_S if branch in heat else share_S
     rows, columns = model.encoder.grid
-    maps = []
-    for span in prompt.layout.row_spans:
-        start, end = span or (0, 0)
-        maps.append({name: heat_S[start:end].view(-1, rows, columns) for name, heat_S in heat.items()})
-    return maps
+    heat = {name: _on_patches(heat_S, context.source_map) for name, heat_S in heat.items()}
+    visuals = torch.searchsorted(prompts.sample_of_visual, torch.arange(prompts.num_samples + 1))
+    bounds = (prompts.visual_offsets[visuals] * rows * columns).tolist()
+    return [
+        {name: heat_N[start:end].view(-1, rows, columns) for name, heat_N in heat.items()}
+        for start, end in zip(bounds[:-1], bounds[1:], strict=True)
+    ]
+
+
+def _on_patches(heat_S: Tensor, source_map: SourceMap | None) -> Tensor:
+    # poolers inside the encoder leave merged source tokens, whose heat all their patches share
+    if source_map is None or isinstance(source_map, Opaque):
+        return heat_S
+    shares = source_map.weighted()
+    pooled_E, source_E, weight_E = (each.cpu() for each in (shares.pooled_E, shares.source_E, shares.weight_E))
+    return heat_S.new_zeros(source_map.num_sources).index_add(0, source_E, heat_S[pooled_E] * weight_E.to(heat_S))
 
 
 def _collect(branch: str, weights: list[Tensor], num_sources: int, layout: Layout) -> Tensor:

@@ -5,25 +5,28 @@ Axis letters:
     E  encoder width    D  LLM width    R T  rows and positions of the LLM batch    Y  predicted tokens    W  vocabulary
 """
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lightning_crosslmm.batch import VISUAL_MARK, VideoBatch, question_mask
+from lightning_crosslmm.batch import VISUAL_MARK, VideoBatch, asked_visuals, question_mask
 from lightning_crosslmm.decoding import Decoding, Streamer
 from lightning_crosslmm.encoder import Encoder
 from lightning_crosslmm.errors import UserError
 from lightning_crosslmm.fusion import Fusion, FusionContext
 from lightning_crosslmm.llm import host_layer, insert_block
 from lightning_crosslmm.llm.layers import enable_checkpointing, packed_mask, summarise
+from lightning_crosslmm.llm.virtual import Unmerging, unmerge_attention
 from lightning_crosslmm.placement import Layout, fusion_context, place
 from lightning_crosslmm.pooler import Pooler
 from lightning_crosslmm.taps import Questions
 from lightning_crosslmm.tokens import TokenSet
+from lightning_crosslmm.unmerging import check_room, check_unmerging, unmerge
 from lightning_crosslmm.visuals import Visuals, VisualSide
 
 ROLES = ("encoder", "pooler", "projector", "fusion", "llm")
@@ -39,6 +42,7 @@ class Prompt:
         position_RT: position ids.
         layout: where everything stands.
         context: for the fused layers; None without fusion or visuals.
+        unmerging: what the LLM's attention shall see; None where it sees what is there.
     """
 
     embeds_RTD: Tensor
@@ -46,6 +50,7 @@ class Prompt:
     position_RT: Tensor
     layout: Layout
     context: FusionContext | None
+    unmerging: Unmerging | None = None
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,8 @@ class CrossLMM(VisualSide):
         projector: called as ``projector(in_width, out_width)``, gives the module.
         fusion: which layers read source tokens, and how.
         llm: a causal model from `load_llm`.
+        virtual_unmerging: ``expanded`` or ``unique`` lets the LLM attend as if every patch stood in the prompt (see
+            `unmerge`); ``none`` to what does.
 
     Raises:
         UserError: two parts that do not fit, naming both.
@@ -89,7 +96,9 @@ class CrossLMM(VisualSide):
         projector: Callable[[int, int], nn.Module],
         fusion: Fusion,
         llm: PreTrainedModel,
+        virtual_unmerging: str = "none",
     ) -> None:
+        check_unmerging(virtual_unmerging, pooler)
         config, layers = llm.config, fusion.layers(llm.config.num_hidden_layers)
         super().__init__(
             encoder,
@@ -98,6 +107,9 @@ class CrossLMM(VisualSide):
             llm_width=config.hidden_size,
             key_source=fusion.key_source if layers else None,
         )
+        self.virtual_unmerging = virtual_unmerging
+        if virtual_unmerging != "none":
+            unmerge_attention(llm)
         self.llm, self.fusion_settings, self.fused_layers = llm, fusion, tuple(layers)
         source_width = encoder.width if fusion.key_source == "encoder" else config.hidden_size
         for number in layers:
@@ -118,7 +130,7 @@ class CrossLMM(VisualSide):
         """
         embed: Any = self.llm.get_input_embeddings()
         device = embed.weight.device
-        wants_visuals = len(batch.frames_FCHW) > 0 or self.training
+        wants_visuals = len(batch.frames_FCHW) > 0 or self.training or self.most is not None
         visuals = self.encode(batch, self._questions(batch)) if wants_visuals else None
         layout = self._place(batch, visuals, pad_left)
         text_MD = embed(layout.text_ids_M.to(device, non_blocking=True))
@@ -136,6 +148,10 @@ class CrossLMM(VisualSide):
         context = None
         if visuals is not None and self.fused_layers:
             context = fusion_context(layout, visuals.source, is_training=self.training, keeps_keys=keeps_keys)
+        unmerging = None
+        if visuals is not None and not visuals.is_blank and self.virtual_unmerging != "none":
+            patches, most = math.prod(self.encoder.grid), self.llm.config.max_position_embeddings
+            unmerging = unmerge(batch, visuals.pooled, layout, patches, self.virtual_unmerging, most)
         sample_RT = layout.sample_RT.to(device)
         mask = (sample_RT >= 0).long()
         if layout.is_packed:
@@ -146,6 +162,7 @@ class CrossLMM(VisualSide):
             position_RT=layout.position_RT.to(device),
             layout=layout,
             context=context,
+            unmerging=unmerging,
         )
 
     def _questions(self, batch: VideoBatch) -> Questions | None:
@@ -159,7 +176,7 @@ class CrossLMM(VisualSide):
         offsets = torch.cat([count_B.new_zeros(1), count_B.cumsum(0)])
         features_QD = embed(batch.ids_L[mask_L].to(embed.weight.device))
         summary_BD = summarise(self.llm, features_QD.detach(), offsets) if wants_summary else None
-        return Questions(features_QD, offsets, summary_BD)
+        return Questions(features_QD, offsets, summary_BD, asked_visuals(batch))
 
     def _place(self, batch: VideoBatch, visuals: Visuals | None, pad_left: bool) -> Layout:
         if visuals is None or visuals.is_blank:
@@ -179,7 +196,8 @@ class CrossLMM(VisualSide):
 
     def run(self, prompt: Prompt) -> Tensor:
         """Run the LLM's layers on a prompt: (R, T, D), after the last norm."""
-        extra = {} if prompt.context is None else {"fusion": prompt.context}
+        contexts = {"fusion": prompt.context, "unmerging": prompt.unmerging}
+        extra = {name: each for name, each in contexts.items() if each is not None}
         return self.llm.model(
             inputs_embeds=prompt.embeds_RTD,
             attention_mask=prompt.attention_mask,
@@ -205,6 +223,24 @@ class CrossLMM(VisualSide):
         )
 
     @torch.no_grad()
+    def look(self, prompts: VideoBatch) -> Prompt:
+        """Run prompts and note in the context's `looks` where each fused layer looked.
+
+        Args:
+            prompts: one sample per row, each ending where its answer begins.
+        """
+        was_training = self.training
+        self.eval()
+        try:
+            prompt = self.prompt(prompts)
+            if prompt.context is not None:
+                prompt = replace(prompt, context=replace(prompt.context, looks=[]))
+                self.run(prompt)
+        finally:
+            self.train(was_training)
+        return prompt
+
+    @torch.no_grad()
     def generate(
         self, batch: VideoBatch, decoding: Decoding, *, stop_id: int, pad_id: int, streamer: Streamer | None = None
     ) -> list[list[int]]:
@@ -224,11 +260,12 @@ class CrossLMM(VisualSide):
             UserError: packed rows, or a prompt that leaves no room for the answer.
         """
         if batch.num_samples != len(batch.row_of_sample.unique()):
-            raise UserError("generation wants one sample per row; set data.samples_per_row=1")
+            raise UserError("generation wants one sample per row; leave data.pack_tokens to training")
         was_training = self.training
         self.eval()
         try:
             prompt = self.prompt(batch, pad_left=True, keeps_keys=True)
+            check_room(prompt.unmerging, decoding.max_new_tokens, self.llm.config.max_position_embeddings)
             ids_RT = decoding.generate(
                 self.llm,
                 prompt.embeds_RTD,
@@ -237,6 +274,7 @@ class CrossLMM(VisualSide):
                 stop_id=stop_id,
                 pad_id=pad_id,
                 streamer=streamer,
+                unmerging=prompt.unmerging,
             )
         finally:
             self.train(was_training)

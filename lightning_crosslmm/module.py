@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
-from lightning_crosslmm.batch import VideoBatch, prompts_for
+from lightning_crosslmm.batch import VideoBatch, blank_prompt, prompts_for
 from lightning_crosslmm.decoding import Decoding
 from lightning_crosslmm.errors import UserError
 from lightning_crosslmm.looks import Look, attention_maps
@@ -15,6 +15,7 @@ from lightning_crosslmm.metrics import AnswerAccuracy, answers_right
 from lightning_crosslmm.model import CrossLMM
 from lightning_crosslmm.objective import answer_loss
 from lightning_crosslmm.optim import OptimSettings
+from lightning_crosslmm.sharding import shard
 from lightning_crosslmm.text import Tokenizer, decode_answer, end_of_turn_id
 
 
@@ -52,6 +53,12 @@ class CrossLMMModule(lightning.LightningModule):
         # pretrained parts come in evaluation mode, where nothing is checkpointed, and Lightning would keep it
         self.train()
 
+    def configure_model(self) -> None:
+        """Share the model's weights out where the strategy has a mesh of processes for it; called once they run."""
+        if self.device_mesh is not None and self.model.most is None:
+            device = self.trainer.strategy.root_device
+            shard(self.model, self.device_mesh["data_parallel"], device, str(self.trainer.precision))
+
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Build the optimizer and a schedule over ``trainer.max_steps``.
 
@@ -68,15 +75,36 @@ class CrossLMMModule(lightning.LightningModule):
         schedule = self.optim.scheduler(optimizer, total_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def on_train_start(self) -> None:
+        """Begin to count answer tokens; gradients of a step that was not finished are in no checkpoint."""
+        self._answer_tokens = 0
+
     def training_step(self, batch: VideoBatch, batch_index: int) -> Tensor:
-        """Give the loss of one batch."""
+        """Give the summed loss of one batch's answer tokens; ``train/loss`` is their mean."""
         output = self.model(batch)
         loss = answer_loss(output.logits_YW, output.target_Y)
         right_Z = answers_right(output.logits_YW.detach(), output.target_Y, output.answer_Y, len(batch.answer_kinds))
-        self.log("train/loss", loss.detach(), batch_size=batch.num_samples)
+        if len(output.target_Y):
+            self.log("train/loss", loss.detach(), batch_size=batch.num_samples)
         if len(right_Z):
             self.log("train/accuracy", right_Z.float().mean(), batch_size=len(right_Z))
-        return loss
+        self._answer_tokens += len(output.target_Y)
+        return loss * len(output.target_Y)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Make the gradient that of the mean loss over all answer tokens of the step, on all ranks and in all batches.
+
+        Lightning divides each batch's sum by the A batches that are accumulated, and the strategy takes the mean over
+        ranks, so what stands here is ``sum / (A * ranks)``; times ``A / mean tokens of a rank`` it is the mean over
+        tokens. Clipping comes after this hook.
+        """
+        counted = torch.tensor(float(self._answer_tokens), device=self.device)
+        mean_tokens = self.trainer.strategy.reduce(counted, reduce_op="mean")
+        scale = self.trainer.accumulate_grad_batches / mean_tokens.clamp(min=1e-6)
+        for parameter in self.parameters():
+            if parameter.grad is not None:
+                parameter.grad.mul_(scale)
+        self._answer_tokens = 0
 
     def validation_step(self, batch: VideoBatch, batch_index: int) -> None:
         """Count right answers of one validation batch."""
@@ -91,7 +119,7 @@ class CrossLMMModule(lightning.LightningModule):
         loss = answer_loss(output.logits_YW, output.target_Y)
         right_Z = answers_right(output.logits_YW, output.target_Y, output.answer_Y, len(batch.answer_kinds))
         accuracy.count(right_Z, batch.answer_kinds)
-        self.log(f"{stage}/loss", loss, batch_size=max(1, len(output.target_Y)), on_epoch=True, sync_dist=True)
+        self.log(f"{stage}/loss", loss, batch_size=len(output.target_Y), on_epoch=True, sync_dist=True)
 
     def on_validation_epoch_end(self) -> None:
         """Log accuracy over all ranks."""
@@ -126,15 +154,15 @@ class CrossLMMModule(lightning.LightningModule):
             if answer >= 0
         }
         chosen = [first[sample] for sample in sorted(first)][:limit]
-        if not chosen:
+        if self._calls(len(chosen), limit) == 0:
             return []
-        prompts = prompts_for(batch, chosen)
-        maps = attention_maps(self.model, prompts)
+        prompts = prompts_for(batch, chosen) if chosen else blank_prompt(batch)
+        maps, said = attention_maps(self.model, prompts), list(self._answered(batch, chosen))
         offsets = prompts.visual_offsets[torch.searchsorted(prompts.sample_of_visual, torch.arange(len(chosen) + 1))]
         frames = prompts.frames_FCHW.tensor_split(offsets[1:-1])
         return [
             Look(*answered, frames_FCHW, found.get("v2v"), found.get("t2v"))
-            for answered, frames_FCHW, found in zip(self._answered(batch, chosen), frames, maps, strict=True)
+            for answered, frames_FCHW, found in zip(said, frames, maps, strict=bool(chosen))
         ]
 
     @torch.no_grad()
@@ -142,12 +170,17 @@ class CrossLMMModule(lightning.LightningModule):
         # a few at a time: each carries its own copy of the frames
         per_call = max(1, batch.num_samples)
         stop_id, pad_id = end_of_turn_id(self.tokenizer), self.tokenizer.pad_token_id
-        for start in range(0, len(answers), per_call):
-            chosen = answers[start : start + per_call]
-            prompts = prompts_for(batch, chosen)
+        for call in range(self._calls(len(answers), per_call)):
+            chosen = answers[call * per_call : (call + 1) * per_call]
+            prompts = prompts_for(batch, chosen) if chosen else blank_prompt(batch)
             rows = self.model.generate(
                 prompts, self.decoding, stop_id=stop_id, pad_id=stop_id if pad_id is None else pad_id
             )
-            for number, (answer, row) in enumerate(zip(chosen, rows, strict=True)):
+            for number, (answer, row) in enumerate(zip(chosen, rows, strict=bool(chosen))):
                 expected = decode_answer(self.tokenizer, batch.labels_L[batch.answer_L == answer].tolist())
                 yield prompts.keys[number], batch.questions[answer], decode_answer(self.tokenizer, row), expected
+
+    def _calls(self, count: int, per_call: int) -> int:
+        """How often the model is to be called for so many prompts; where its weights are sharded, by all processes."""
+        calls = -(-count // per_call)
+        return calls if self.model.most is None else self.model.most(calls)

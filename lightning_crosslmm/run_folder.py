@@ -1,14 +1,33 @@
 """The folder a run leaves: whole files only, and which checkpoint in it is meant."""
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from lightning_crosslmm.checkpoint_folder import (
+    CHECKPOINTS,
+    MARKER,
+    SHARDED,
+    WHOLE,
+    list_checkpoints,
+    rank_checkpoints,
+    read_checkpoint,
+)
 from lightning_crosslmm.errors import UserError, nearest
 
-MODES = ("fit", "validate", "test", "predict", "describe")
-CHECKPOINTS = "checkpoints"
+log = logging.getLogger(__name__)
+
+MODES = ("fit", "validate", "test", "predict", "calibrate", "describe")
+AUTO = "auto"
+"""For ``resume``: go on if there is something to go on from."""
+
+DATA_RECORD = "data.json"
+"""The shards that a run trains on, so that a later one can say what changed."""
+
+EXPORTED = ("model.safetensors", "model.safetensors.index.json")
+"""What an exported folder has one of: all weights, or the list of the files they lie in."""
 
 
 @contextmanager
@@ -33,26 +52,40 @@ def replacing(path: Path) -> Iterator[Path]:
 def find_checkpoint(path: Path, setting: str, names: tuple[str, ...] = ("last",)) -> Path:
     """Find the checkpoint a setting names.
 
+    In a run folder a torn checkpoint is passed over for the best or newest whole one, and one line of log says so.
+
     Args:
-        path: a checkpoint (a file, or a folder of shards with ``meta.pt`` in it), or a run folder.
+        path: a checkpoint's folder, a file, a run folder, or a folder that ``crosslmm export`` wrote.
         setting: whose value ``path`` is, for the message.
-        names: which checkpoint of a run folder to take, the favourite first.
+        names: which checkpoint of a run folder to take, ``best`` or ``last``, the favourite first.
 
     Returns:
-        The checkpoint's path.
+        What to load: a file, or the folder of a sharded checkpoint.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or none that is whole.
     """
-    if path.is_file() or (path / "meta.pt").is_file():
+    if path.is_file():
         return path
-    places = [path / CHECKPOINTS / f"{name}.ckpt" for name in names]
-    for place in places:
-        if place.exists():
-            return place
     if not path.exists():
         raise UserError(f"{setting}={path}: there is no such file or folder; give a checkpoint or a run folder")
-    raise UserError(f"{setting}={path}: holds no checkpoint; expected {' or '.join(str(place) for place in places)}")
+    if any((path / name).exists() for name in (MARKER, WHOLE, SHARDED)):
+        return read_checkpoint(path).loadable
+    exported = [path / name for name in EXPORTED if (path / name).is_file()]
+    if exported:
+        return exported[0]
+    saved, torn = list_checkpoints(path)
+    ranked = rank_checkpoints(saved)
+    chosen = {"last": saved[-1] if saved else None, "best": ranked[0] if ranked else None}
+    for name in names:
+        if found := chosen[name]:
+            if torn:
+                log.warning("%s; taking %s, which is whole", "; ".join(torn), found.path.name)
+            return found.loadable
+    if torn:
+        raise UserError(f"{setting}={path}: holds no whole checkpoint: {'; '.join(torn)}")
+    lacks = "no checkpoint" if not saved else "no checkpoint with a metric"
+    raise UserError(f"{setting}={path}: holds {lacks}; expected {path / CHECKPOINTS}/step-*/{MARKER}")
 
 
 def choose_checkpoint(
@@ -61,9 +94,10 @@ def choose_checkpoint(
     """Tell which checkpoint a run starts from, and refuse settings that contradict each other.
 
     Args:
-        mode: ``fit``, ``validate``, ``test``, ``predict`` or ``describe``.
+        mode: ``fit``, ``validate``, ``test``, ``predict``, ``calibrate`` or ``describe``.
         run_dir: folder of the run.
-        resume: checkpoint or run folder whose training goes on; only for ``fit``.
+        resume: checkpoint or run folder whose training goes on; only for ``fit``. ``auto`` goes on with ``run_dir``'s
+            own if it has a checkpoint, and starts anew if not; ``init_from`` is for the start then.
         init_from: weights to start a new training from; only for ``fit``.
         ckpt: checkpoint or run folder to measure; for ``validate``, ``test`` and ``predict``. Without it ``run_dir``'s
             own is taken, the best one before the last one.
@@ -82,6 +116,11 @@ def choose_checkpoint(
             if value is not None:
                 raise UserError(f"{name}={value}: mode=describe reads no weights; leave it out")
         return None
+    if mode == "calibrate":
+        for name, value in (("resume", resume), ("ckpt", ckpt)):
+            if value is not None:
+                raise UserError(f"{name}={value}: mode=calibrate does not read it; use init_from=PATH for weights")
+        return None
     if mode != "fit":
         for name, value in (("resume", resume), ("init_from", init_from)):
             if value is not None:
@@ -89,12 +128,22 @@ def choose_checkpoint(
         return find_checkpoint(Path(ckpt or run_dir), "ckpt" if ckpt else "run_dir", ("best", "last"))
     if ckpt is not None:
         raise UserError(f"ckpt={ckpt}: mode=fit does not read it; use resume=PATH to go on, init_from=PATH for weights")
+    if resume == AUTO:
+        return find_checkpoint(run_dir, "run_dir") if has_checkpoints(run_dir) else None
     if resume is not None:
         if init_from is not None:
             raise UserError(
                 f"resume={resume} and init_from={init_from}: a resumed run has its weights; give one of them"
             )
-        return find_checkpoint(Path(resume), "resume")
-    if (run_dir / CHECKPOINTS / "last.ckpt").exists():
+        found = find_checkpoint(Path(resume), "resume")
+        if found.name.endswith((".safetensors", ".json")):
+            raise UserError(f"resume={resume}: holds weights and nothing to go on from; use init_from={resume}")
+        return found
+    if has_checkpoints(run_dir):
         raise UserError(f"run_dir={run_dir}: holds a training; go on with resume={run_dir}, or choose another folder")
     return None
+
+
+def has_checkpoints(run_dir: Path) -> bool:
+    """Tell whether a folder holds a training, be its checkpoints whole or torn."""
+    return any(list_checkpoints(run_dir))

@@ -5,7 +5,7 @@ Axis letters:
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from lightning_crosslmm.batch import VideoBatch
 from lightning_crosslmm.encoder import Encoder
 from lightning_crosslmm.errors import UserError
 from lightning_crosslmm.fusion import frame_time
-from lightning_crosslmm.pooler import Pooler, Stage
+from lightning_crosslmm.pooler import Pooler, Stage, check_pooled
 from lightning_crosslmm.taps import Questions, Taps
 from lightning_crosslmm.tokens import TokenSet, frame_in_visual
 
@@ -72,8 +72,11 @@ class VisualSide(nn.Module):
                 f"pooler {type(pooler).__name__} needs {', '.join(missing)}, encoder {type(encoder).__name__} gives "
                 f"{', '.join(sorted(encoder.gives))}; {mend}"
             )
+        encoder.prepare(pooler.asks)
         self.encoder, self.pooler, self.key_source = encoder, pooler, key_source
         is_projected = pooler.stage is Stage.AFTER_PROJECTOR
+        if pooler.stage is Stage.IN_ENCODER:
+            pooler.enter(encoder.facts())
         pooled_width = pooler.connect(llm_width if is_projected else encoder.width, llm_width, encoder.grid)
         in_width = encoder.width if is_projected else pooled_width
         pools_projected_tokens = pooler.stage is not Stage.AS_PROJECTOR
@@ -85,8 +88,10 @@ class VisualSide(nn.Module):
         needs_own = reads_projected and in_width != encoder.width
         self.source_projector = projector(encoder.width, llm_width) if needs_own else None
         self.tokens_per_frame = pooler.tokens_per_frame(encoder.grid)
+        self.pooled_width, self.checks_pooler = pooled_width, False
         self.frame_time: nn.Module | None = None
         self.encoder_time: nn.Module | None = None
+        self.most: Callable[[int], int] | None = None  # sharding's: the largest of a count over all processes
 
     def add_time(self, kind: str, llm_width: int, init_std: float) -> None:
         """Let tokens carry their time, those that fusion reads from the encoder at the encoder's width.
@@ -104,7 +109,8 @@ class VisualSide(nn.Module):
         """Encode, pool and project the visuals of a batch.
 
         A training batch without any visual encodes one blank frame, so that every rank runs the same collectives and
-        every parameter has a gradient; what it gives is multiplied by 0.
+        every parameter has a gradient; what it gives is multiplied by 0. Where weights are sharded, the tower runs
+        equally often on all processes, on blank frames once its own are done.
 
         Args:
             batch: samples.
@@ -121,14 +127,17 @@ class VisualSide(nn.Module):
             return self._encode_hooked(frames_FCHW, annotations, is_blank)
         patches_FNE, asked = self._patches(frames_FCHW)
         if questions is not None:
-            asked["questions"] = questions
+            asked["questions"] = replace(questions, is_asked_V=None) if is_blank else questions
         tokens = TokenSet.from_grid(patches_FNE, self.encoder.grid, *annotations)
         projected = None
         if self.key_source == "projected" or self.pooler.stage is Stage.AFTER_PROJECTOR:
             projected = self._project(tokens, self.source_projector or self.projector)
         given = projected if self.pooler.stage is Stage.AFTER_PROJECTOR else tokens
         result = self.pooler(given, **asked)
+        self._check(tokens, result, questions)
         pooled, question_QD = result if isinstance(result, tuple) else (result, None)
+        if is_blank and questions is not None and question_QD is not None:
+            question_QD = questions.features_QD + 0.0 * question_QD  # nothing was seen, yet all parameters take part
         if self.pooler.stage is Stage.BEFORE_PROJECTOR:
             pooled = self._project(pooled, self.projector)
         elif self.pooler.stage is Stage.AS_PROJECTOR:
@@ -136,25 +145,40 @@ class VisualSide(nn.Module):
         return Visuals(pooled, self._source(tokens, projected), is_blank, question_QD)
 
     def _patches(self, frames_FCHW: Tensor) -> tuple[Tensor, dict[str, Any]]:
-        chunks = frames_FCHW.split(self.encoder.frames_per_chunk)
-        if not self.pooler.asks.needs:
-            return torch.cat([self.encoder(chunk_FCHW) for chunk_FCHW in chunks]), {}
-        taps = [Taps(self.pooler.asks) for _ in chunks]
+        chunks, blanks = self._chunks(frames_FCHW)
+        asks = self.pooler.asks
+        if not asks.needs:
+            patches_FNE = torch.cat([self.encoder(chunk_FCHW) for chunk_FCHW in chunks])
+            return _with_none(patches_FNE, [self.encoder(blank_FCHW) for blank_FCHW in blanks]), {}
+        taps = [Taps(asks) for _ in chunks]
         patches_FNE = torch.cat([self.encoder(chunk, taps=tap) for chunk, tap in zip(chunks, taps, strict=True)])
+        patches_FNE = _with_none(patches_FNE, [self.encoder(blank, taps=Taps(asks)) for blank in blanks])
         return patches_FNE, {"taps": Taps.joined(taps)}
 
-    def _encode_hooked(self, frames_FCHW: Tensor, annotations: tuple[Tensor, ...], is_blank: bool) -> Visuals:
+    def _chunks(self, frames_FCHW: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """What the tower runs on: this process's frames, and blank ones for as long as others are not done."""
         chunks = frames_FCHW.split(self.encoder.frames_per_chunk)
+        missing = 0 if self.most is None else self.most(len(chunks)) - len(chunks)
+        return chunks, (torch.zeros_like(frames_FCHW[:1]),) * missing
+
+    def _encode_hooked(self, frames_FCHW: Tensor, annotations: tuple[Tensor, ...], is_blank: bool) -> Visuals:
+        chunks, blanks = self._chunks(frames_FCHW)
         hooks = [self.pooler.hook() for _ in chunks]
         outputs = [self.encoder(chunk, hook=hook) for chunk, hook in zip(chunks, hooks, strict=True)]
+        outputs[-1] = _with_none(outputs[-1], [self.encoder(blank, hook=self.pooler.hook()) for blank in blanks])
         rows, columns = self.encoder.grid
         nothing_FN0 = outputs[0].new_empty(len(frames_FCHW), rows * columns, 0)
         patches = TokenSet.from_grid(nothing_FN0, self.encoder.grid, *annotations)
         pooled, tokens = self.pooler.collect(hooks, outputs, patches)
+        self._check(patches, pooled)
         projected = self._project(tokens, self.projector) if self.key_source == "projected" else None
         is_shared = pooled is tokens and projected is not None
         read = projected if is_shared else self._project(pooled, self.projector)
         return Visuals(read, self._source(tokens, projected), is_blank)
+
+    def _check(self, given: TokenSet, result: Any, questions: Questions | None = None) -> None:
+        if self.checks_pooler:
+            check_pooled(self.pooler, given, result, self.pooled_width, self.encoder.grid, questions)
 
     def _source(self, tokens: TokenSet, projected: TokenSet | None) -> TokenSet:
         return projected if self.key_source == "projected" else self._timed(tokens, self.encoder_time)
@@ -171,3 +195,10 @@ class VisualSide(nn.Module):
         tokens_F = tokens.frame_offsets.diff().to(device)
         time_SD = time_FD.repeat_interleave(tokens_F, dim=0, output_size=tokens.num_tokens)
         return tokens.with_features(tokens.features_SD + time_SD.to(tokens.features_SD.dtype))
+
+
+def _with_none(patches_FnE: Tensor, blanks: list[Tensor]) -> Tensor:
+    """Keep what the tower gave for blank frames in the graph, so that the backward pass runs as often as elsewhere."""
+    for blank_FnE in blanks:
+        patches_FnE = patches_FnE + (0.0 * blank_FnE).sum()
+    return patches_FnE

@@ -1,13 +1,12 @@
 """Weights of an earlier run for a new model."""
 
-import pickle
 from pathlib import Path
-
-import torch
 
 from lightning_crosslmm.errors import UserError
 from lightning_crosslmm.model import ROLES, CrossLMM
+from lightning_crosslmm.weight_files import WeightFiles
 
+_AT_A_TIME_BYTES = 2**30  # beside the model itself
 
 def load_weights(model: CrossLMM, path: Path, whole: bool = False) -> dict[str, list[str]]:
     """Take the weights of an earlier run, for a new training (the second stage, for one).
@@ -17,7 +16,7 @@ def load_weights(model: CrossLMM, path: Path, whole: bool = False) -> dict[str, 
 
     Args:
         model: the model to fill.
-        path: a checkpoint of a run.
+        path: what ``find_checkpoint`` gives: of a run, whole or sharded, or exported.
         whole: fusion must be there, too.
 
     Returns:
@@ -27,17 +26,15 @@ def load_weights(model: CrossLMM, path: Path, whole: bool = False) -> dict[str, 
         UserError: not a checkpoint, or one of another configuration; lists what is missing, unexpected or of another
             shape, by role.
     """
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
-    except (OSError, EOFError, KeyError, IndexError, TypeError, RuntimeError, pickle.UnpicklingError) as error:
-        raise UserError(f"'{path}' is no checkpoint of a run: {error}") from error
-    found = {name.removeprefix("model."): tensor for name, tensor in state.items() if name.startswith("model.")}
+    files = WeightFiles(path)
     own = model.state_dict()
-    missing = [name for name in own if name not in found]
+    missing = [name for name in own if name not in files.shapes]
     wrong = {
         "missing": [name for name in missing if whole or model.role_of(name) != "fusion"],
-        "unexpected": [name for name in found if name not in own],
-        "of another shape": [name for name in found if name in own and found[name].shape != own[name].shape],
+        "unexpected": [name for name in files.shapes if name not in own],
+        "of another shape": [
+            name for name, (shape, _) in files.shapes.items() if name in own and shape != own[name].shape
+        ],
     }
     if any(wrong.values()):
         counts = [f"{what}: {_by_role(model, names)}" for what, names in wrong.items() if names]
@@ -45,7 +42,8 @@ def load_weights(model: CrossLMM, path: Path, whole: bool = False) -> dict[str, 
             f"'{path}' is from another configuration ({'; '.join(counts)}); "
             "compose the same encoder, pooler, projector, fusion and llm as the config.yaml beside it"
         )
-    model.load_state_dict(found, strict=False)
+    for names in files.groups(_AT_A_TIME_BYTES):
+        model.load_state_dict(files.read(names), strict=False)
     return {role: [name for name in missing if model.role_of(name) == role] for role in ROLES}
 
 

@@ -67,7 +67,7 @@ class FrameSamplingAt:
     def __init__(self, time_s):
         self.time_s = time_s
 
-    def times_s(self, duration_s, start_s=0.0):
+    def times_s(self, duration_s, start_s=0.0, offset=None):
         return [start_s + self.time_s]
 
 

@@ -9,6 +9,7 @@ import csv
 import functools
 import hashlib
 import json
+import random
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -17,18 +18,26 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import fsspec
 import lightning
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 import train
+from callbacks import checkpoints
+from callbacks.checkpoint_files import Writer
 from data.module import VideoDataModule
 from data.probe import write_probe
+from lightning_crosslmm import store
 from lightning_crosslmm.batch import VideoBatch, prompts_for
 from lightning_crosslmm.compose import ANY_TARGET, build_model, compose_overrides, instantiate
 from lightning_crosslmm.errors import UserError
+from lightning_crosslmm.location import locate
 from lightning_crosslmm.model import CrossLMM
+from lightning_crosslmm.shards import read_index
+from lightning_crosslmm.stop_signals import Stopped
+from lightning_crosslmm.storage import Version
 from lightning_crosslmm.text import load_tokenizer
 from tests.tiny import tiny_batch
 
@@ -159,6 +168,12 @@ def forward(config: DictConfig) -> Any:
     return shapes, digest(logits_YW), len(calls), [config._attn_implementation for config in configs]
 
 
+def pooled_in_training(config: DictConfig) -> Any:
+    """What the LLM reads of the pictures while the model is trained."""
+    model = _model(config).train()
+    return digest(model.encode(_batch(config)).pooled.features_SD)
+
+
 def optimizer(config: DictConfig) -> Any:
     """Parameter groups, and the schedule over 100 steps. The pooler gets a weight, as one of a user's own may have."""
     model, settings = _model(config), instantiate(config.optim, ANY_TARGET)
@@ -188,6 +203,8 @@ def _data(config: DictConfig) -> VideoDataModule:
 def batches(config: DictConfig) -> Any:
     """Training batches of one epoch, and how they are fetched."""
     data = _data(config)
+    if config.data.pack_tokens is not None:
+        data.fit_to(_model(config))
     data.setup("fit")
     loader = data.train_dataloader()
     fetching = loader._start()
@@ -196,7 +213,21 @@ def batches(config: DictConfig) -> Any:
         + (batch.frame_time_s_F.tolist(),)
         for batch in (loader if data._num_workers == 0 else [])
     ]
-    return seen, fetching.num_workers, fetching.prefetch_factor
+    context = fetching.multiprocessing_context
+    start = context and context.get_start_method()
+    return seen, fetching.num_workers, fetching.prefetch_factor, start
+
+
+def damaged(config: DictConfig) -> Any:
+    """A run on shards of which one sample is damaged: what it says, and what it lists."""
+    shutil.copytree("../world/train", "train")
+    tar = next(Path("train").glob("*.tar"))
+    member = read_index(tar).entries[0].members["0.mp4"]
+    with tar.open("r+b") as file:
+        file.seek(member.offset)
+        file.write(b"damage")
+    said = refusal(whole_run)(config)
+    return said if isinstance(said, str) else Path("run/skipped.json").read_text()
 
 
 def splits(config: DictConfig) -> Any:
@@ -205,11 +236,27 @@ def splits(config: DictConfig) -> Any:
     seen = [
         refusal(lambda _, stage=stage: data.setup(stage))(config) for stage in ("validate", "fit", "test", "predict")
     ]
-    return seen, {split: [(str(path), size) for path, size in _sizes(shards)] for split, shards in data._shards.items()}
+    return seen, {split: [(str(path), size) for path, size in _sizes(opened)] for split, opened in data._data.items()}
 
 
-def _sizes(shards: Any) -> Iterator[tuple[Path, int]]:
-    return zip(shards.paths, shards.num_samples, strict=True)
+def fetches(config: DictConfig) -> Any:
+    """How a store is asked for what it does not have, and what is kept of what it has."""
+    fsspec.filesystem("memory").pipe_file("/probe/there.tar", bytes(1000))
+    folder, storage = locate("memory://probe"), instantiate(config.data.storage, ANY_TARGET)
+    asked, waits_s, request = [], [], store.request
+    with (
+        mock.patch.object(store, "request", lambda *wanted: asked.append(wanted) or request(*wanted)),
+        mock.patch("lightning_crosslmm.storage._jitter", random.Random(0)),
+        mock.patch("time.sleep", waits_s.append),
+        contextlib.suppress(UserError),
+    ):
+        storage.read_ranges(folder / "none.tar", [(0, 1)], list, "none")
+    storage.read_ranges(folder / "there.tar", [(10, 5)], list, "there", Version(1000, ""))
+    return asked, waits_s, sorted(map(str, Path().rglob("shard-*.tar")))
+
+
+def _sizes(opened: Any) -> Iterator[tuple[Path, int]]:
+    return zip(opened.paths, opened.samples_per_shard, strict=True)
 
 
 def warm_start(config: DictConfig) -> Any:
@@ -250,26 +297,38 @@ def attributes(path: str) -> Probe:
 
 
 def whole_run(config: DictConfig) -> Any:
-    """Run train.py: files it leaves and what they say, and every checkpoint it saves."""
-    saves = []
+    """Run train.py: how it ends, files it leaves and what they say, and every checkpoint it saves."""
+    seen: list[Any] = []
 
-    def save(self: lightning.Trainer, path: Path, *args: Any, **options: Any) -> None:
-        model = self.lightning_module.model
-        saves.append((self.global_step, Path(path).name, model.llm.model.layers[0].gradient_checkpointing))
-        stock(self, path, *args, **options)
+    def read_state(trainer: lightning.Trainer) -> dict[str, Any]:
+        model = trainer.lightning_module.model
+        seen.append((trainer.global_step, model.llm.model.layers[0].gradient_checkpointing))
+        return stock_state(trainer)
 
-    stock = lightning.Trainer.save_checkpoint
-    with mock.patch.object(lightning.Trainer, "save_checkpoint", save):
-        train.run(config)
+    def start(self: Writer, write: Callable[[], None], part: Path, in_background: bool) -> None:
+        seen.append((part.name, in_background))
+        stock_start(self, write, part, in_background)
+
+    stock_state, stock_start = checkpoints.read_state, Writer.start
+    with mock.patch.object(checkpoints, "read_state", read_state), mock.patch.object(Writer, "start", start):
+        try:
+            train.run(config)
+        except Stopped as stop:
+            seen.append(str(stop))
     files = [path for path in sorted(Path().rglob("*")) if path.is_file()]
     # the name of TensorBoard's file holds the time
-    return saves, {str(path.parent / path.name.partition(".tfevents.")[0]): _content(path) for path in files}
+    left = {str(path.parent / path.name.partition(".tfevents.")[0]): _content(path) for path in files}
+    return seen, left, torch.initial_seed()
 
 
 def _content(path: Path) -> Any:
     if path.name == "metrics.csv":
         with path.open(newline="") as lines:
             return [{name: value for name, value in row.items() if name not in TIMED} for row in csv.DictReader(lines)]
+    if path.name == "complete.json":
+        return [json.loads(path.read_text())[name] for name in ("step", "monitor", "mode", "metric")]
     if path.name == "provenance.json":
         return json.loads(path.read_text())["seed"]
+    if path.name == "calibration.json":
+        return json.loads(path.read_text())
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.suffix == ".png" else None

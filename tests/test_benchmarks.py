@@ -121,7 +121,7 @@ def test_probe_skips_what_is_done_and_resumes_what_is_not(
     assert not called
     (run.folder / "provenance.json").write_text(json.dumps({**record, "error": "KeyboardInterrupt"}))
     run.train()
-    (run.folder / "checkpoints" / "last.ckpt").touch()
+    (run.folder / "checkpoints" / "step-00000001").mkdir()
     run.train()
     assert called[0][2:] == run.words and called[1][2:-1] == run.words
     assert probe.compose_overrides(probe.TRAIN.parent / "conf", called[1][2:]).resume == str(run.folder)

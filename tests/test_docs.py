@@ -14,6 +14,7 @@ import train
 from lightning_crosslmm import cli
 from lightning_crosslmm.compose import check_command_line, compose_overrides
 from lightning_crosslmm.video import encode_video
+from tests.tars import LLAVA, clip, write_tar
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [
@@ -70,7 +71,7 @@ def test_every_train_command_composes(page: str, words: list[str]) -> None:
 def test_readme_has_train_commands_and_crosslmm_commands_that_parse() -> None:
     assert len([page for page, _ in TRAINING if page == "README.md"]) >= 10
     asked = commands(README, "crosslmm")
-    assert {words[0] for words in asked} == {"pack", "ask"}
+    assert {words[0] for words in asked} >= {"pack", "index", "verify", "ask"}
     for words in asked:
         cli._parser().parse_args(words)  # exits where it cannot
 
@@ -215,10 +216,25 @@ def test_data_of_your_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     frames_FHWC = np.random.default_rng(0).integers(0, 255, (8, 32, 32, 3), dtype=np.uint8)
     Path("videos/clip_1.mp4").write_bytes(encode_video(frames_FHWC, 4.0))
     pack, ask = (next(words for words in commands(text, "crosslmm") if words[0] == name) for name in ("pack", "ask"))
-    (words,) = commands(text, "python", "train.py")
+    words = commands(text, "python", "train.py")[0]
     assert cli.main(pack) == 0
     tiny = [word for word in TINY if not word.startswith("data.global_batch_size")]
     train.run(compose_overrides(train.CONF_DIR, [*words, *tiny]))
     capsys.readouterr()
     assert cli.main(ask) == 0
     assert capsys.readouterr().out.endswith("\n")
+
+
+@pytest.mark.filterwarnings("ignore:The number of training batches", "ignore:Checkpoint directory .* exists")
+def test_shards_of_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = section("Shards of others")
+    monkeypatch.chdir(tmp_path)
+    Path("others").mkdir()
+    members = [("a.json", LLAVA), ("a.mp4", clip()), ("b.txt", b"A dog."), ("b.mp4", clip(8))]
+    write_tar(Path("others/x.tar"), members)
+    for words in commands(text, "crosslmm"):
+        assert cli.main(words) == 0, words
+    (words,) = commands(text, "python", "train.py")
+    tiny = [word for word in TINY if not word.startswith("data.global_batch_size")]
+    train.run(compose_overrides(train.CONF_DIR, [*words, *tiny]))
+    assert (tmp_path / "runs" / "others" / "metrics.json").exists()

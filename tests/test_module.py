@@ -97,8 +97,8 @@ def test_warm_up_counts_optimizer_steps():
 
 
 def halves():
-    """The same four samples as one batch and as two, with equally many answer tokens in each half."""
-    asked = [["a", 2, "?", "=cat"], ["b?", "=dog"], ["c", 1, "?", "=cow"], [3, "d?", "=hen"]]
+    """The same four samples as one batch and as two, with many more answer tokens in the second half."""
+    asked = [["a", 2, "?", "=cat"], ["b?", "=a"], ["c", 1, "?", "=cow or is it an ox"], [3, "d?", "=hen, I think"]]
     whole = tiny_batch(*asked)
     first, second = tiny_batch(*asked[:2]), tiny_batch(*asked[2:])
     frames = whole.frames_FCHW.split([2, 4])
@@ -113,7 +113,7 @@ def test_accumulation_is_a_big_batch():
     for batches, accumulate in ((parts, 2), ([whole], 1)):
         module = module_of({"encoder": 1e-3})
         gradients = []
-        module.on_before_optimizer_step = lambda optimizer, module=module, gradients=gradients: gradients.append(
+        module.configure_gradient_clipping = lambda *_, module=module, gradients=gradients, **__: gradients.append(
             {name: parameter.grad.clone() for name, parameter in module.model.named_parameters()}
         )
         fitted(module, 1, *batches, accumulate_grad_batches=accumulate)
@@ -147,7 +147,7 @@ def test_validation_loss_is_per_answer_token():
 def test_batches_without_answers_or_visuals():
     module = module_of()
     steps = fitted(module, 2, tiny_batch([2, "no answer"]), tiny_batch(["none?", "=ok"]))
-    assert steps[0]["train/loss"] == 0 and steps[1]["train/loss"] > 0
+    assert "train/loss" not in steps[0] and steps[1]["train/loss"] > 0
     assert all(torch.isfinite(parameter).all() for parameter in module.parameters())
     trainer_of(1).validate(module, loader(tiny_batch([2, "no answer"])), verbose=False)
 

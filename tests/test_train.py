@@ -49,8 +49,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_fit_leaves_one_whole_folder(trained: Path) -> None:
     assert {path.name for path in trained.iterdir()} == {
-        "attention.png", "checkpoints", "config.yaml", "csv", "learning_curve.png", "metrics.json", "provenance.json",
-        "tensorboard",
+        "attention.png", "checkpoints", "config.yaml", "csv", "data.json", "learning_curve.png", "metrics.json",
+        "provenance.json", "tensorboard",
     }  # fmt: skip
     assert {path.name for path in (trained / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
     metrics = json.loads((trained / "metrics.json").read_text())

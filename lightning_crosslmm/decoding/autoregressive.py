@@ -54,6 +54,7 @@ class Decoding:
         stop_id: int,
         pad_id: int,
         streamer: Streamer | None = None,
+        unmerging: Any = None,
     ) -> Tensor:
         """Extend prompts, padded on the left, until each has stopped.
 
@@ -65,6 +66,7 @@ class Decoding:
             stop_id: the token that ends an answer.
             pad_id: what follows it.
             streamer: receives ids as they come; one row only.
+            unmerging: what the attention shall see in place of the prompt, or None.
 
         Returns:
             (R, Z) int64, new tokens only.
@@ -87,7 +89,7 @@ class Decoding:
             pad_token_id=pad_id,
             **self.choice(),
         )
-        extra = {} if context is None else {"fusion": context}
+        extra = {name: each for name, each in (("fusion", context), ("unmerging", unmerging)) if each is not None}
         # generate fills what we leave open from the checkpoint's own settings, which must not decide a measurement
         model: Any = llm
         own, model.generation_config = model.generation_config, GenerationConfig()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_crosslmm.fusion.attention import Spans
+from lightning_crosslmm.tokens import SourceMap
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class FusionContext:
         keys_values: T2V keys and values by layer, filled at the prompt and read for every new token; None while
             training, because a tensor kept inside a checkpointed region would break its recomputation.
         looks: collects (layer, branch, attention weights per group) for pictures; None otherwise.
+        source_map: from patches to source tokens, for pictures.
     """
 
     source_SE: Tensor
@@ -51,6 +53,7 @@ class FusionContext:
     prompt_length: int = 0
     keys_values: dict[int, tuple[Tensor, Tensor]] | None = None
     looks: list[tuple[int, str, list[Tensor]]] | None = field(default=None, repr=False)
+    source_map: SourceMap | None = None
 
     def at(self, past_length: int, num_positions: int) -> "FusionContext":
         """Say who asks in this call of the LLM: the prompt, or `num_positions` new text tokens per row after it.

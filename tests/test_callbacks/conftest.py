@@ -1,13 +1,16 @@
+import random
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import lightning
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from callbacks.checkpoints import Checkpoints
 from lightning_crosslmm.batch import IGNORED, VISUAL_MARK, VideoBatch
 from lightning_crosslmm.looks import Look
 
@@ -86,22 +89,40 @@ class TinyModule(lightning.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
+class NoisyModule(lightning.LightningModule):
+    """Draws from every generator that the CPU has, so that its weights remember them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight_D, self.dropout = nn.Parameter(torch.linspace(1, 2, 8)), nn.Dropout(0.5)
+
+    def training_step(self, batch: VideoBatch, batch_index: int) -> Tensor:
+        loss = self.dropout(self.weight_D).sum() * (1 + random.random() + np.random.rand()) + torch.randn(())
+        self.log("train/loss", loss, batch_size=1)
+        return loss
+
+    def validation_step(self, batch: VideoBatch, batch_index: int) -> None:
+        self.log("val/loss", self.weight_D.sum() + torch.randn(()), batch_size=1)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=0.1)
+
+
 def loader(length: int = 100, on_read: Callable[[], None] | None = None) -> DataLoader:
     return DataLoader(Batches(length, on_read), batch_size=None)
 
 
 @pytest.fixture
 def make_trainer(tmp_path: Path) -> Callable[..., lightning.Trainer]:
-    def make(*callbacks: lightning.Callback, **settings: object) -> lightning.Trainer:
+    def make(*callbacks: lightning.Callback, folder: Path = tmp_path, **settings: object) -> lightning.Trainer:
         defaults = {"max_steps": 6, "val_check_interval": 3, "check_val_every_n_epoch": None, "log_every_n_steps": 2}
         quiet = {"num_sanity_val_steps": 0, "enable_progress_bar": False, "enable_model_summary": False}
         return lightning.Trainer(
             accelerator="cpu",
             devices=1,
             callbacks=list(callbacks),
-            default_root_dir=tmp_path,
-            logger=CSVLogger(tmp_path, name="csv"),
-            **{"enable_checkpointing": False, **defaults, **quiet, **settings},
+            logger=CSVLogger(folder, name="csv"),
+            **{"enable_checkpointing": False, "default_root_dir": folder, **defaults, **quiet, **settings},
         )
 
     return make
@@ -110,6 +131,28 @@ def make_trainer(tmp_path: Path) -> Callable[..., lightning.Trainer]:
 @pytest.fixture
 def tiny() -> type[TinyModule]:
     return TinyModule
+
+
+@pytest.fixture
+def keeping() -> Callable[..., Checkpoints]:
+    """Give checkpoints of every second step, the last one kept."""
+
+    def make(every: int = 2, **settings: object) -> Checkpoints:
+        usual = {"keep_last": 1, "keep_best": 0, "monitor": "val/accuracy", "mode": "max", "background": False}
+        return Checkpoints(every_n_steps=every, **{**usual, **settings})
+
+    return make
+
+
+@pytest.fixture
+def noisy() -> type[NoisyModule]:
+    return NoisyModule
+
+
+@pytest.fixture
+def epoch_of() -> Callable[[int], DataLoader]:
+    """Give a loader that, like the stream, draws nothing from torch's own generator."""
+    return lambda length: DataLoader(Batches(length), batch_size=None, generator=torch.Generator())
 
 
 @pytest.fixture

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from callbacks.last_checkpoint import LastCheckpoint
 from callbacks.run_record import REPOSITORY, RunRecord
 from callbacks.throughput import Throughput
+from lightning_crosslmm.run_folder import find_checkpoint
 
 
 def read(folder: Path, name: str) -> dict:
@@ -66,17 +66,20 @@ def test_measuring_leaves_the_record_of_training_alone(make_trainer, tiny, batch
 
 
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint")  # the loader has no position
-def test_seconds_of_a_resumed_run_add_up(make_trainer, tiny, batches, tmp_path: Path) -> None:
+def test_seconds_and_sessions_of_a_resumed_run_add_up(make_trainer, tiny, batches, keeping, tmp_path: Path) -> None:
     import time
 
     def train(max_steps: int, on_step=None, ckpt_path: Path | None = None) -> float:
-        saving = LastCheckpoint(every_n_steps=4)
         trainer = make_trainer(
-            RunRecord(0), saving, max_steps=max_steps, limit_val_batches=0, enable_checkpointing=True
+            RunRecord(0), keeping(4), max_steps=max_steps, limit_val_batches=0, enable_checkpointing=True
         )
         trainer.fit(tiny(on_step=on_step), batches(), batches(1), ckpt_path=ckpt_path, weights_only=True)
         return read(tmp_path, "metrics.json")["train/seconds"]
 
     first_s = train(4, lambda: time.sleep(0.2))
     assert first_s > 0.8
-    assert train(5, None, tmp_path / "checkpoints" / "last.ckpt") > 0.8
+    first = read(tmp_path, "provenance.json")
+    assert train(5, None, find_checkpoint(tmp_path, "resume")) > 0.8
+    train(6, None, find_checkpoint(tmp_path, "resume"))
+    sessions = read(tmp_path, "provenance.json")["earlier_sessions"]
+    assert len(sessions) == 2 and first.pop("earlier_sessions") == [] and sessions[0] == first

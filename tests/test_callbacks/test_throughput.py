@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 
-from callbacks.last_checkpoint import LastCheckpoint
 from callbacks.throughput import Throughput
 
 
@@ -26,15 +25,17 @@ def test_wait_share_of_a_slow_loader(make_trainer, tiny, batches, tmp_path: Path
     assert logged(tmp_path, "train/clips_per_s")[-1] == pytest.approx(2 / (read_s + step_s), rel=0.4)
 
 
-def test_validation_and_saving_are_no_wait(make_trainer, tiny, batches, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_validation_and_saving_are_no_wait(
+    make_trainer, tiny, batches, keeping, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class SlowToValidate(tiny):
         def validation_step(self, batch, batch_index) -> None:
             time.sleep(0.2)
 
     module = SlowToValidate(accuracies=[0.5] * 9, on_step=lambda: time.sleep(0.02))
-    throughput, saving = Throughput(), LastCheckpoint(every_n_steps=1)
-    write = saving._save
-    monkeypatch.setattr(saving, "_save", lambda *arguments: (time.sleep(0.2), write(*arguments)))
+    throughput, saving = Throughput(), keeping(1)
+    write = saving.save
+    monkeypatch.setattr(saving, "save", lambda *arguments: (time.sleep(0.2), write(*arguments)))
     make_trainer(throughput, saving, enable_checkpointing=True, limit_val_batches=1).fit(module, batches(), batches(1))
     assert throughput.wait_share is not None and throughput.wait_share < 0.2
     assert throughput.work_s == pytest.approx(5 * 0.02, abs=0.06)  # the first of 6 batches is left out

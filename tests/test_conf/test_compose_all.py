@@ -62,7 +62,7 @@ def test_it_builds(arm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     config = compose_overrides(train.CONF_DIR, [arm, "run_dir=run"])
     group = arm.partition("=")[0]
     if group in ("data", "callbacks", "logger", "decoding", "trainer"):
-        if arm in ("trainer=gpu", "trainer=ddp"):
+        if arm in ("trainer=gpu", "trainer=ddp", "trainer=fsdp"):
             config.trainer.update(accelerator="cpu", devices=1)  # the rest of it holds on the CPU, too
         built = instantiate(config[group], ANY_TARGET)
         kind = {"data": VideoDataModule, "decoding": Decoding}.get(group)

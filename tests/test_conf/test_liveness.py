@@ -16,10 +16,13 @@ from tests.probes import (
     attributes,
     batches,
     changed,
+    damaged,
+    fetches,
     forward,
     make_world,
     observe,
     optimizer,
+    pooled_in_training,
     refusal,
     small,
     splits,
@@ -44,7 +47,9 @@ STREAM = {
     "num_workers": (1, batches),
     "seed": (7, batches),
     "window_shards": (1, batches),
-    "samples_per_row": (2, batches),
+    "turns": ("one", batches),
+    "pack_tokens": (200, batches),
+    "sample_timeout_s": (1e-9, refusal(batches)),
 }
 RATE = {"sampling.rate_hz": (2.0, batches), "sampling.max_frames": (1, batches)}
 AT_A_RATE = (
@@ -60,7 +65,19 @@ SHARDS = (
     "data.global_batch_size=2",
     "data.window_shards=2",
 )
+DAMAGED = (*SHARDS[:1], "data.train=train", "data.val=null", *SHARDS[3:], "trainer.limit_val_batches=0")
+AXES = ("rows", "columns")
 GRID = {"rows": (2, forward), "columns": (2, forward), "stage": ("after_projector", forward)}
+SALIENT = {"saliency": ("probe", forward), "stage": GRID["stage"]}
+NEIGHBOURS = {
+    "ratio": (0.5, forward),
+    "neighbours": (2, forward),
+    "merge": ("average", forward),
+    "neighbours_from": ("pruned", forward),
+    "rest_token": (False, forward),
+    "order": ("raster", forward),
+}
+WINDOWS = {"rows": (2, forward), "columns": (2, forward), "layers": ([-1], forward), "heads": (2, forward)}
 
 
 def under(prefix: str, leaves: dict[str, tuple[Any, Probe]]) -> dict[str, tuple[Any, Probe]]:
@@ -163,29 +180,44 @@ TABLE: dict[tuple[str, ...], dict[str, tuple[Any, Probe]]] = {
         "callbacks.run_record.seed": (5, whole_run),
         "callbacks.curves.train_window": (1, whole_run),
         "callbacks.attention_picture.num_clips": (1, whole_run),
-        "callbacks.last.every_n_steps": (1, whole_run),
-        "callbacks.best.dirpath": ("elsewhere", attributes("callbacks.best")),
-        "callbacks.best.filename": ("first", attributes("callbacks.best")),
-        "callbacks.best.monitor": ("val/loss", attributes("callbacks.best")),
-        "callbacks.best.mode": ("min", attributes("callbacks.best")),
-        "callbacks.best.save_top_k": (2, attributes("callbacks.best")),
-        "callbacks.best.auto_insert_metric_name": (True, attributes("callbacks.best")),
-        "callbacks.best.enable_version_counter": (True, attributes("callbacks.best")),
+        "callbacks.random_state.seed": (5, whole_run),
+        "callbacks.preemption.time_limit_s": (1e-6, whole_run),
+        "callbacks.checkpoints.every_n_steps": (1, whole_run),
+        "callbacks.checkpoints.keep_best": (0, whole_run),
+        "callbacks.checkpoints.monitor": ("val/loss", whole_run),
+        "callbacks.checkpoints.mode": ("min", whole_run),
+        "callbacks.checkpoints.background": (True, whole_run),
         "logger.csv.save_dir": ("elsewhere", attributes("logger.csv")),
         "logger.csv.name": ("table", attributes("logger.csv")),
         "logger.tensorboard.save_dir": ("elsewhere", attributes("logger.tensorboard")),
         "logger.tensorboard.name": ("board", attributes("logger.tensorboard")),
     },
-    ("data.seed=0", "callbacks.run_record.seed=0"): {"seed": (1, whole_run)},  # what draws the weights
+    ("callbacks.checkpoints.every_n_steps=1",): {"callbacks.checkpoints.keep_last": (3, whole_run)},
+    ("data.seed=0", "callbacks.run_record.seed=0", "callbacks.random_state.seed=0"): {
+        "seed": (1, whole_run)  # what draws the weights
+    },
     ("mode=test",): {"ckpt": ("nowhere", refusal(whole_run))},
     ("fusion.scope=window", "fusion.window_frames=1"): {"fusion.window_frames": (2, forward)},
-    ("data.num_workers=1",): {"data.prefetch_batches": (3, batches)},
+    ("data.num_workers=1",): {"data.prefetch_batches": (3, batches), "data.worker_start": ("spawn", batches)},
+    ("data.pack_tokens=200",): {"data.bytes_per_token": (4.0, batches)},
+    ("data.sampling.num_frames=1",): {"data.sampling.jitter": (True, batches)},  # of two, so that another one shows
+    ("data.worker_start=fork",): {"data.max_bad_fraction": (2.0, refusal(splits))},
     AT_A_RATE: under("data", RATE),
     SHARDS: under("data", STREAM)
     | {f"data.{split}": (place, splits) for split, place in {"train": "../world/val", "val": None}.items()}
     | {f"data.{split}": ("../world/train", splits) for split in ("test", "predict")},
+    ("data=shards",): {
+        "data.storage.cache_dir": ("cache", fetches),
+        "data.storage.retries": (2, fetches),
+        "data.storage.backoff_s": (2.0, fetches),
+        "data.storage.timeout_s": (5.0, fetches),
+    },
+    ("data=shards", "data.storage.cache_dir=cache"): {"data.storage.cache_bytes": (999, fetches)},
     (*SHARDS, *AT_A_RATE): under("data", RATE),
-    (*SHARDS, "data.num_workers=1"): {"data.prefetch_batches": (3, batches)},
+    (*SHARDS, "data.num_workers=1"): {"data.prefetch_batches": (3, batches), "data.worker_start": ("fork", batches)},
+    (*SHARDS, "data.pack_tokens=100"): {"data.bytes_per_token": (4.0, batches)},
+    (*SHARDS, "data.sampling.num_frames=1"): {"data.sampling.jitter": (True, batches)},
+    (*DAMAGED, "trainer.max_steps=2"): {"data.max_bad_fraction": (0.0, damaged)},
     ("+encoder.config.pretrained_cfg_overlay.file=../world/timm.pt",): {"encoder.pretrained": (True, forward)},
     SIGLIP: {
         "encoder.weights": ("../world/siglip", forward),
@@ -203,7 +235,89 @@ TABLE: dict[tuple[str, ...], dict[str, tuple[Any, Probe]]] = {
         "encoder.config.num_attention_heads": (4, forward),
         "encoder.config.patch_size": (16, forward),
     },
+    ("trainer=fsdp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.precision=32-true"): {
+        "trainer.strategy.data_parallel_size": (3, refusal(trainer("strategy._data_parallel_size"))),
+        "trainer.strategy.save_distributed_checkpoint": (False, trainer("strategy._save_distributed_checkpoint")),
+    },
     ("pooler=bilinear",): under("pooler", GRID | {"antialias": (True, forward)}),
+    ("pooler=max",): under("pooler", GRID),
+    ("pooler=strided",): under("pooler", {"stride": (2, forward), "offset": (1, forward)}),
+    ("pooler=uniform",): under("pooler", {"num_tokens": (2, forward)}),
+    ("pooler=random",): under("pooler", {"num_tokens": (2, forward), "seed": (1, forward)}),
+    ("pooler=pixel_shuffle", "pooler.ratio=3"): under("pooler", {"ratio": (2, forward), "odd": ("crop", forward)}),
+    ("pooler=perceiver",): under(
+        "pooler",
+        {name: (3, forward) for name in ("num_tokens", "depth", "heads", "head_width")}
+        | {"scope": ("clip", forward), "max_frames": (8, forward), "stage": ("as_projector", forward)},
+    ),
+    ("pooler=qformer",): under(
+        "pooler",
+        {"num_tokens": (2, forward), "width": (32, forward), "depth": (1, forward), "heads": (2, forward)}
+        | {"cross_every": (1, forward), "stage": ("before_projector", forward)},
+    ),
+    ("pooler=c_abstractor",): under(
+        "pooler",
+        {"num_tokens": (4, forward), "width": (32, forward), "depth": (2, forward), "mlp_depth": (1, forward)}
+        | {"stage": ("before_projector", forward)},
+    ),
+    ("pooler=slowfast",): under(
+        "pooler",
+        GRID
+        | {
+            "rows": (3, forward),
+            "columns": (1, forward),
+            "every": (2, forward),
+            **{f"fast_{n}": (2, forward) for n in AXES},
+        },
+    ),
+    ("pooler=temporal_merge",): under(
+        "pooler",
+        GRID | {"rows": (3, forward), "columns": (1, forward), "frames": (3, forward)} | {"threshold": (0.99, forward)},
+    ),
+    **{
+        (f"pooler={arm}", "encoder.config.global_pool=map", "pooler.ratio=0.2", "pooler.neighbours=4"): under(
+            "pooler", SALIENT | NEIGHBOURS
+        )
+        for arm in ("prumerge", "prumerge_plus")
+    },
+    ("pooler=visionzip", "encoder.config.global_pool=map"): under(
+        "pooler", SALIENT | {"dominant": (3, forward), "contextual": (2, forward), "merge": ("average", forward)}
+    ),
+    ("pooler=sms", "encoder.config.global_pool=map"): under(
+        "pooler",
+        {"saliency": SALIENT["saliency"]}
+        | {"knee": ("iqr", forward), "scope": ("clip", forward)}
+        | {"min_tokens": (12, forward), "max_tokens": (1, forward)},
+    ),
+    ("pooler=tokenpacker",): under("pooler", WINDOWS),
+    ("pooler=quecc",): under("pooler", WINDOWS),
+    ("pooler=llava_mini",): under(
+        "pooler", {name: (2, forward) for name in ("side", "heads", "fusion_layers", "fusion_heads")}
+    ),
+    ("pooler=tome",): under(
+        "pooler", {"merges_per_block": (3, forward), "proportional": (False, forward), "order": ("merged", forward)}
+    ),
+    ("pooler=dymu", "pooler.thresholds=0.5"): {
+        **under("pooler", {"thresholds": (0.6, forward), "proportional": (False, forward)}),
+        "pooler.order": ("merged", forward),
+        "virtual_unmerging": ("expanded", forward),
+    },
+    ("pooler=folder", "pooler.num_tokens=7"): under(
+        "pooler",
+        {"num_tokens": (3, forward), "stage": ("in_encoder", forward), "class_weight": (5.0, refusal(forward))}
+        | {"scale_by_size": (False, forward), "order": ("merged", forward)},
+    ),
+    ("pooler=vistog",): under(
+        "pooler",
+        {"num_tokens": (3, forward), "assignment": ("soft", forward)}
+        | {name: (value, pooled_in_training) for name, value in (("noise", False), ("epsilon", 0.5), ("seed", 1))},
+    ),
+    ("pooler=vistog", "pooler.assignment=soft"): {"pooler.temperature": (0.5, forward)},
+    ("mode=calibrate", "data.encoder_fit.steps=1"): {
+        "calibrate.tokens_per_frame": (7, whole_run),
+        "calibrate.num_frames": (3, whole_run),
+    },
+    ("pooler=none", "pooler._target_=tests.poolers.Heavy"): {"check_pooler": (True, refusal(forward))},
     ("llm=qwen3_tiny",): {"llm.model.config.head_dim": (16, forward)},
     ("decoding=sampling",): {
         "decoding.max_new_tokens": (2, answers),

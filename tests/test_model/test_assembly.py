@@ -80,7 +80,7 @@ def test_no_pooling_puts_every_token_into_the_llm():
 
 def test_too_many_frames_are_refused():
     model = tiny_model(pooler=NoPooler())
-    with pytest.raises(UserError, match="sample 's0' makes a row of 6[0-9]+ tokens, the LLM's context is 512"):
+    with pytest.raises(UserError, match="sample 's0' has 6[0-9]+ tokens, the LLM's context is 512"):
         model(tiny_batch([40, "?", "=a"]))
 
 
@@ -149,5 +149,5 @@ class AsksForAClassToken(NoPooler):
 
 
 def test_an_ask_that_the_encoder_cannot_meet_names_both():
-    with pytest.raises(UserError, match=r"pooler AsksForAClassToken needs class token, encoder TimmEncoder gives grid"):
+    with pytest.raises(UserError, match=r"pooler AsksForAClassToken needs class token, encoder TimmEncoder gives .*grid"):
         tiny_model(pooler=AsksForAClassToken())

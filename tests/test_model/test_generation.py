@@ -88,7 +88,7 @@ def test_generating_leaves_the_mode_as_it_was(training):
 
 
 def test_generation_wants_a_row_per_sample():
-    with pytest.raises(UserError, match="one sample per row; set data.samples_per_row=1"):
+    with pytest.raises(UserError, match="one sample per row; leave data.pack_tokens to training"):
         generated(tiny_model(), replace(BATCH, row_of_sample=torch.tensor([0, 0, 1])))
 
 
