@@ -40,8 +40,12 @@ def run(cfg: DictConfig) -> None:
         STOP.listen()  # from here on a signal is not lost: the callback looks at it when training starts
     try:
         train_or_measure(cfg, checkpoint)
-    finally:
+    except Stopped:
+        raise  # and go on listening: other processes may still be on their way to the same end
+    except BaseException:
         STOP.forget()
+        raise
+    STOP.forget()
 
 
 def train_or_measure(cfg: DictConfig, checkpoint: Path | None) -> None:
@@ -163,6 +167,7 @@ def main(cfg: DictConfig) -> None:
     except UserError as error:
         _give_up(error)
     except Stopped as stop:
+        STOP.ignore()
         if is_first_process():
             command = shlex.join([sys.argv[0], *words_to_resume(sys.argv[1:], Path(cfg.run_dir))])
             sys.stderr.write(f"stopped: {stop}; go on with: python {command}\n")

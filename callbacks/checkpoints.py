@@ -80,7 +80,6 @@ class Checkpoints(Checkpoint):
         self._group: dist.ProcessGroup | None = None
         self._validates_again = False
         self._unlogged: dict[str, Any] = {}
-        self._of_step: dict[str, Any] = {}
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
         """See that checkpoints can be written, before anything is trained.
@@ -129,9 +128,7 @@ class Checkpoints(Checkpoint):
         if trainer.global_step == self._step:
             return
         self._step = trainer.global_step
-        if validation_follows(trainer):
-            self._of_step = _unlogged(trainer)
-        elif self._is_due(trainer):
+        if self._is_due(trainer) and not validation_follows(trainer):
             self.save(trainer)
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
@@ -204,11 +201,7 @@ class Checkpoints(Checkpoint):
             return
         self._saved_step = self._step
         self._agree(self._writer.wait(), f"a checkpoint before step {self._step} could not be written")
-        self._validates_again = validates_again
-        if validates_again:  # who goes on begins a table with this step's validation, so its other numbers belong there
-            self._unlogged = self._of_step
-        elif not trainer.validating:
-            self._unlogged = _unlogged(trainer)
+        self._validates_again, self._unlogged = validates_again, {} if trainer.validating else _unlogged(trainer)
         state = read_state(trainer)
         self._validates_again, self._unlogged = False, {}
         part, is_first = begin_checkpoint(self._run_dir, self._step), trainer.is_global_zero

@@ -45,24 +45,24 @@ class LearningCurve(lightning.Callback):
 
 
 def read_curves(csv_dir: Path) -> dict[str, Curve]:
-    """Read ``version_*/metrics.csv`` of one run; where a resumed part repeats steps, the later part counts.
+    """Read ``version_*/metrics.csv`` of one run; where a resumed part repeats a metric's steps, the later part counts.
 
     Returns:
         For each metric its (step, value) pairs, steps rising; values that are not finite are left out.
     """
     merged: dict[str, dict[int, float]] = {}
     for path in sorted(csv_dir.glob("version_*/metrics.csv"), key=lambda path: int(path.parent.name.split("_")[1])):
+        part: dict[str, dict[int, float]] = {}
         with path.open(newline="") as lines:
-            rows = list(csv.DictReader(lines))
-        first = min((int(row["step"]) for row in rows), default=0)
-        for points in merged.values():
-            for step in [step for step in points if step >= first]:
-                del points[step]
-        for row in rows:
-            for name, value in row.items():
-                if name not in ("step", "epoch") and value and math.isfinite(float(value)):
-                    merged.setdefault(name, {})[int(row["step"])] = float(value)
-    return {name: sorted(points.items()) for name, points in merged.items() if points}
+            for row in csv.DictReader(lines):
+                for name, value in row.items():
+                    if name not in ("step", "epoch") and value:
+                        part.setdefault(name, {})[int(row["step"])] = float(value)
+        for name, points in part.items():
+            before = merged.get(name, {})
+            merged[name] = {step: value for step, value in before.items() if step < min(points)} | points
+    finite = {name: {s: v for s, v in points.items() if math.isfinite(v)} for name, points in merged.items()}
+    return {name: sorted(points.items()) for name, points in finite.items() if points}
 
 
 def draw_curves(curves: dict[str, Curve], train_window: int, path: Path) -> Figure:

@@ -106,11 +106,13 @@ class Preemption(Checkpoint):
     def on_exception(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
     ) -> None:
-        """Give the signals back, after the processes that this one started have come to their ends."""
-        for child in self._children if isinstance(exception, Stopped) else []:
+        """Wait for the processes that this one started; after any other end of training, give the signals back."""
+        if not isinstance(exception, Stopped):
+            STOP.forget()
+            return
+        for child in self._children:
             with suppress(TimeoutExpired):
                 child.wait(CHILDREN_S)
-        STOP.forget()
 
     def _cut_short(self, trainer: lightning.Trainer) -> None:
         if trainer.state.fn != "fit" or trainer.sanity_checking or trainer.global_step == trainer.max_steps:

@@ -4,13 +4,14 @@ import multiprocessing
 import signal
 from collections import deque
 from collections.abc import Callable, Iterator
+from multiprocessing import resource_tracker
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from data.plan import EvalPlan, Planned, TrainPlan
-from data.stream import ClipDataset, DamagedSample, Sample
+from data.stream import ClipDataset, DamagedSampleError, Sample
 from lightning_crosslmm.batch import Skipped, VideoBatch
 from lightning_crosslmm.errors import UserError
 
@@ -136,6 +137,7 @@ def _through(loader: DataLoader) -> Iterator[VideoBatch | UserError]:
 
     What is blocked here while they start stays blocked in them, and in the fork server that they come from.
     """
+    resource_tracker.ensure_running()  # first, because starting it unblocks signals
     held = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1))
     try:
         batches = iter(loader)
@@ -167,7 +169,7 @@ class _Reporting(Dataset[Item]):
     def __getitem__(self, planned: Planned) -> Item:
         try:
             return planned.row, self._dataset[planned.ref]
-        except DamagedSample as error:
+        except DamagedSampleError as error:
             return planned.row, error.skipped if self._leaves_out else UserError(str(error))
         except UserError as error:
             return planned.row, UserError(str(error))

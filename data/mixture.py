@@ -191,7 +191,8 @@ def changes(then: Mapping[str, Any], now: Mapping[str, Any], limit: int = 3) -> 
     """Say what differs between two records of ``Mixture.record``: sets, weights, and shards by their file names.
 
     Args:
-        then, now: the records.
+        then: the record of the run that is resumed.
+        now: that of this run.
         limit: name at most so many shards of a kind of change.
     """
     said = []

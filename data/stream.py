@@ -46,7 +46,7 @@ class Sample:
     questions: tuple[str, ...]
 
 
-class DamagedSample(UserError):
+class DamagedSampleError(UserError):
     """A sample that cannot be read, decoded or tokenised, while its shard and store are in order.
 
     Args:
@@ -103,7 +103,7 @@ class ClipDataset(Dataset[Sample]):
         """Read, decode and tokenise one sample; what is drawn for it depends on nothing but the seed and its name.
 
         Raises:
-            DamagedSample: names shard and sample where the member's bytes, a visual or the conversation are damaged.
+            DamagedSampleError: names shard and sample where a member's bytes, a visual or the text are damaged.
             UserError: an index or a store fails, which is no sample's fault.
         """
         entry = self._data.entry(ref)
@@ -114,7 +114,7 @@ class ClipDataset(Dataset[Sample]):
             raise
         except UserError as error:
             reason = str(error).removeprefix(where).lstrip(",: ")
-            raise DamagedSample(Skipped(str(self._data.path(ref)), entry.key, reason), str(error)) from error
+            raise DamagedSampleError(Skipped(str(self._data.path(ref)), entry.key, reason), str(error)) from error
 
     def name(self, ref: SampleRef) -> str:
         """Name a sample in messages: its shard and key."""

@@ -17,7 +17,15 @@ from lightning_crosslmm.decoding import Decoding
 from lightning_crosslmm.errors import UserError
 from lightning_crosslmm.model import CrossLMM
 from lightning_crosslmm.run_folder import find_checkpoint
-from lightning_crosslmm.text import Text, TextStreamer, Tokenizer, decode_answer, end_of_turn_id, load_tokenizer, tokenise
+from lightning_crosslmm.text import (
+    Text,
+    TextStreamer,
+    Tokenizer,
+    decode_answer,
+    end_of_turn_id,
+    load_tokenizer,
+    tokenise,
+)
 from lightning_crosslmm.video import Clip, FrameSampling, read_clip, read_image
 from lightning_crosslmm.weights import load_weights
 

@@ -46,6 +46,11 @@ class StopSignals:
             number, handler = self._before.popitem()
             signal.signal(number, handler)  # type: ignore[arg-type]
 
+    def ignore(self) -> None:
+        """Heed no more: a launcher that sees one process end signals the others, which are about to end well."""
+        for number in HEARD:
+            signal.signal(number, signal.SIG_IGN)
+
     def _note(self, number: int, frame: FrameType | None) -> None:
         now_s = time.monotonic()
         if number == signal.SIGINT and self._interrupted_s and now_s - self._interrupted_s > AGAIN_S:

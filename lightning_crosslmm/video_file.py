@@ -214,7 +214,7 @@ class VideoFile:
         return keys
 
     def _keyframe_at(self, key_pts: int, goal_pts: int) -> Shown:
-        """Decode one keyframe, aiming between it and the next: an index tells its time roughly, a seek may fall short."""
+        """Decode one keyframe, aiming between it and the next: indexes tell its time roughly, seeks may fall short."""
         slack, seek_pts, step = (goal_pts - key_pts) // 2, goal_pts, round(1 / self.tick_s)
         while True:
             self.container.seek(seek_pts, stream=self.stream)

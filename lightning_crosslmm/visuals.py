@@ -172,8 +172,7 @@ class VisualSide(nn.Module):
         pooled, tokens = self.pooler.collect(hooks, outputs, patches)
         self._check(patches, pooled)
         projected = self._project(tokens, self.projector) if self.key_source == "projected" else None
-        is_shared = pooled is tokens and projected is not None
-        read = projected if is_shared else self._project(pooled, self.projector)
+        read = projected if pooled is tokens and projected is not None else self._project(pooled, self.projector)
         return Visuals(read, self._source(tokens, projected), is_blank)
 
     def _check(self, given: TokenSet, result: Any, questions: Questions | None = None) -> None:
@@ -181,7 +180,7 @@ class VisualSide(nn.Module):
             check_pooled(self.pooler, given, result, self.pooled_width, self.encoder.grid, questions)
 
     def _source(self, tokens: TokenSet, projected: TokenSet | None) -> TokenSet:
-        return projected if self.key_source == "projected" else self._timed(tokens, self.encoder_time)
+        return self._timed(tokens, self.encoder_time) if projected is None else projected
 
     def _project(self, tokens: TokenSet, projector: nn.Module | None) -> TokenSet:
         assert projector is not None, "built wherever it is called"

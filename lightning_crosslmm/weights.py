@@ -8,6 +8,7 @@ from lightning_crosslmm.weight_files import WeightFiles
 
 _AT_A_TIME_BYTES = 2**30  # beside the model itself
 
+
 def load_weights(model: CrossLMM, path: Path, whole: bool = False) -> dict[str, list[str]]:
     """Take the weights of an earlier run, for a new training (the second stage, for one).
 

@@ -36,7 +36,7 @@ from lightning_crosslmm.errors import UserError
 from lightning_crosslmm.location import locate
 from lightning_crosslmm.model import CrossLMM
 from lightning_crosslmm.shards import read_index
-from lightning_crosslmm.stop_signals import Stopped
+from lightning_crosslmm.stop_signals import STOP, Stopped
 from lightning_crosslmm.storage import Version
 from lightning_crosslmm.text import load_tokenizer
 from tests.tiny import tiny_batch
@@ -314,6 +314,7 @@ def whole_run(config: DictConfig) -> Any:
         try:
             train.run(config)
         except Stopped as stop:
+            STOP.forget()
             seen.append(str(stop))
     files = [path for path in sorted(Path().rglob("*")) if path.is_file()]
     # the name of TensorBoard's file holds the time

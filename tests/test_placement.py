@@ -187,7 +187,5 @@ def test_everyone_sees_what_a_table_says(asked, data):
 
 def test_a_row_longer_than_the_context_is_refused():
     assert laid_out(BATCH, max_positions=8).num_positions == 8
-    with pytest.raises(
-        UserError, match=r"sample 's0' has 8 tokens, the LLM's context is 7; use fewer frames"
-    ):
+    with pytest.raises(UserError, match=r"sample 's0' has 8 tokens, the LLM's context is 7; use fewer frames"):
         laid_out(BATCH, max_positions=7)

@@ -98,9 +98,7 @@ def _fused_layer_class(stock: type[nn.Module], before_layer: bool) -> type[nn.Mo
 
 @functools.cache
 def _body_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    def forward(
-        self: Any, *args: Any, fusion: Context | None = None, unmerging: Any = None, **kwargs: Any
-    ) -> Any:
+    def forward(self: Any, *args: Any, fusion: Context | None = None, unmerging: Any = None, **kwargs: Any) -> Any:
         if fusion is None and unmerging is None:
             return stock.forward(self, *args, **kwargs)
         past = kwargs.get("past_key_values")

@@ -8,7 +8,7 @@ import torch
 
 from data.mixture import Mixture
 from data.order import SampleRef
-from data.stream import ClipDataset, DamagedSample, Reading
+from data.stream import ClipDataset, DamagedSampleError, Reading
 from lightning_crosslmm.errors import UserError
 from lightning_crosslmm.shard_indexing import index_shards
 from lightning_crosslmm.storage import StorageError
@@ -76,7 +76,7 @@ def test_moments_are_shifted_anew_in_each_pass(shard_folder):
 )
 def test_damage_is_told_with_shard_key_and_reason(shard_folder, tmp_path, changes, reason):
     folder = damage(shard_folder, tmp_path / "damaged") if not changes else shard_folder
-    with pytest.raises(DamagedSample) as caught:
+    with pytest.raises(DamagedSampleError) as caught:
         dataset_of(folder, **changes)[SampleRef(1, 3, 0)]
     told = caught.value.skipped
     assert told.shard == str(folder / "shard-000001.tar") and told.key == "s09"
@@ -97,7 +97,7 @@ def test_a_store_or_an_index_that_fails_is_no_samples_damage(shard_folder, tmp_p
     (folder / "shard-000002.index.json").write_text("{}")
     with pytest.raises(UserError) as caught:
         dataset[SampleRef(2, 0, 0)]
-    assert not isinstance(caught.value, DamagedSample)
+    assert not isinstance(caught.value, DamagedSampleError)
 
 
 def test_shards_of_others_give_samples_once_they_are_indexed(tmp_path):

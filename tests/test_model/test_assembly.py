@@ -149,5 +149,7 @@ class AsksForAClassToken(NoPooler):
 
 
 def test_an_ask_that_the_encoder_cannot_meet_names_both():
-    with pytest.raises(UserError, match=r"pooler AsksForAClassToken needs class token, encoder TimmEncoder gives .*grid"):
+    with pytest.raises(
+        UserError, match=r"pooler AsksForAClassToken needs class token, encoder TimmEncoder gives .*grid"
+    ):
         tiny_model(pooler=AsksForAClassToken())
