@@ -111,10 +111,7 @@ class Checkpoints(Checkpoint):
                 f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches} batches; validation amid "
                 "accumulation would measure what cannot be saved"
             )
-        unlogged, self._unlogged = self._unlogged, {}
-        for logger in trainer.loggers if unlogged else []:
-            logger.log_metrics(unlogged["metrics"], step=unlogged["step"])
-            logger.save()
+        self._log_pending(trainer)
 
     def on_train_batch_end(
         self,
@@ -152,6 +149,10 @@ class Checkpoints(Checkpoint):
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Wait for the last one to be written."""
         self._agree(self._writer.wait(), f"the checkpoint of step {self._step} could not be written")
+
+    def teardown(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        """Log what the checkpoint of a last step brought along, after which no training starts."""
+        self._log_pending(trainer)
 
     def on_exception(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
@@ -224,6 +225,12 @@ class Checkpoints(Checkpoint):
         self._writer.start(write, part, self.background)
         if not self.background:
             self._agree(self._writer.wait(), f"the checkpoint of step {self._step} could not be written")
+
+    def _log_pending(self, trainer: lightning.Trainer) -> None:
+        unlogged, self._unlogged = self._unlogged, {}
+        for logger in trainer.loggers if unlogged else []:
+            logger.log_metrics(unlogged["metrics"], step=unlogged["step"])
+            logger.save()
 
     def _agree(self, error: str | None, what: str) -> None:
         """Let an error of one process be everyone's, or the others would wait for it."""

@@ -30,9 +30,10 @@ class LearningCurve(lightning.Callback):
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._draw(trainer)
 
-    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Draw all."""
-        self._draw(trainer)
+    def teardown(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        """Draw all, also where nothing was left to train."""
+        if stage == "fit":
+            self._draw(trainer)
 
     @rank_zero_only
     def _draw(self, trainer: lightning.Trainer) -> None:

@@ -43,6 +43,7 @@ class RunRecord(lightning.Callback):
         self.seed = seed
         self._record: dict[str, Any] = {}
         self._seconds_before = 0.0
+        self._metrics_before: dict[str, float] = {}
         self._start_s: float | None = None
 
     @rank_zero_only
@@ -88,23 +89,33 @@ class RunRecord(lightning.Callback):
         """Seconds of training so far."""
         return {"seconds": self._seconds()}
 
+    def on_save_checkpoint(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Keep the numbers so far: a run that is killed after its last step goes on without another one."""
+        checkpoint["callbacks"][self.state_key]["metrics"] = self._metrics(trainer)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Add up from there."""
-        self._seconds_before = state_dict["seconds"]
+        """Go on from there."""
+        self._seconds_before, self._metrics_before = state_dict["seconds"], state_dict["metrics"]
 
     def _seconds(self) -> float:
         return self._seconds_before + (time.perf_counter() - self._start_s if self._start_s is not None else 0.0)
 
-    @rank_zero_only
-    def _finish(self, trainer: lightning.Trainer, error: str | None) -> None:
-        if not self._record or self._record["ended"]:
-            return  # failed before setup, or written by on_exception
+    def _metrics(self, trainer: lightning.Trainer) -> dict[str, float]:
         metrics = {name: value.item() for name, value in trainer.callback_metrics.items()}
         if self._start_s is not None:
             metrics["train/seconds"] = self._seconds()
             for callback in trainer.callbacks:
                 if isinstance(callback, Throughput) and callback.wait_share is not None:
                     metrics["train/wait_share"] = callback.wait_share
+        return self._metrics_before | metrics
+
+    @rank_zero_only
+    def _finish(self, trainer: lightning.Trainer, error: str | None) -> None:
+        if not self._record or self._record["ended"]:
+            return  # failed before setup, or written by on_exception
+        metrics = self._metrics(trainer)
         if metrics:
             finite = {name: value if math.isfinite(value) else None for name, value in sorted(metrics.items())}
             self._write(trainer, "metrics", finite)

@@ -4,7 +4,9 @@ import multiprocessing
 import signal
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from multiprocessing import resource_tracker
+from threading import Timer
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from lightning_crosslmm.batch import Skipped, VideoBatch
 from lightning_crosslmm.errors import UserError
 
 STARTS = ("forkserver", "spawn", "fork")
+_LEAVE_S = 2.0  # time for workers to end by themselves
 Item = tuple[int, Sample | Skipped | UserError]
 
 
@@ -93,9 +96,12 @@ class BatchLoader:
         """Let the workers go; the next epoch would start new ones."""
         running, self._loader = getattr(self._loader, "_iterator", None), None
         if running is not None:  # there are workers
-            running._shutdown_workers()  # now: held by a traceback, they would take seconds to end
-            for worker in running._workers:
-                worker.kill()  # one that is stuck in a file ends by no other signal, see _through
+            # one that is stuck in a file heeds no other signal, see _through
+            reaper = Timer(_LEAVE_S, lambda: [worker.kill() for worker in running._workers])
+            reaper.start()
+            with suppress(RuntimeError):  # by which torch tells of one that was killed
+                running._shutdown_workers()  # now: held by a traceback, they would take seconds to end
+            reaper.cancel()
 
     def _next(self, batches: Iterator[VideoBatch | UserError]) -> VideoBatch | UserError | None:
         try:

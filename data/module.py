@@ -55,7 +55,7 @@ class VideoDataModule(LightningDataModule):
         pack_tokens: estimated tokens that a row of several samples may have in training; None puts one sample in a row.
         bytes_per_token: of text, for the estimate; 1 is an upper bound for any tokenizer that knows bytes.
         turns: ``all`` trains every answer of a conversation, ``one`` a single question with its answer, another for
-            each epoch.
+            each epoch, ``mixed`` either, drawn for each epoch.
         max_bad_fraction: share of damaged samples past which a run stops (see ``callbacks.skipped``); 0 stops at the
             first one.
         sample_timeout_s: a clip that takes longer to decode is damaged; None waits for ever.
@@ -100,7 +100,7 @@ class VideoDataModule(LightningDataModule):
         _check("bytes_per_token", bytes_per_token, bytes_per_token > 0, "above 0")
         _check("max_bad_fraction", max_bad_fraction, 0 <= max_bad_fraction <= 1, "from 0 to 1")
         _check("sample_timeout_s", sample_timeout_s, (sample_timeout_s or 1) > 0, "above 0, or null")
-        for name, value, choices in (("turns", turns, ("all", "one")), ("worker_start", worker_start, STARTS)):
+        for name, value, choices in (("turns", turns, ("all", "one", "mixed")), ("worker_start", worker_start, STARTS)):
             _check(name, value, value in choices, f"one of {', '.join(choices)}{nearest(str(value), choices)}")
         self.tokenizer = load_tokenizer(tokenizer)
         self.global_batch_size, self.seed, self.max_bad_fraction = global_batch_size, seed, max_bad_fraction
@@ -274,7 +274,7 @@ class VideoDataModule(LightningDataModule):
     def _loader(self, split: str, plan: Callable[[], TrainPlan | EvalPlan], num_batches: int) -> BatchLoader:
         reading, timeout_s = self._reading, self._reading.timeout_s
         if split == "train":
-            reading = replace(reading, one_turn=self._turns == "one", shifts_frames=reading.sampling.jitter)
+            reading = replace(reading, turns=self._turns, shifts_frames=reading.sampling.jitter)
         if timeout_s is not None:
             rows = self.global_batch_size // self._shared.world
             timeout_s = _START_S + timeout_s * rows * (

@@ -69,7 +69,7 @@ class Reading:
         tokenizer: carries a chat template.
         max_tokens: longest text allowed.
         timeout_s: longest time to decode a clip; None waits for ever.
-        one_turn: draw one turn of each conversation.
+        turns: ``all`` of a conversation, ``one`` drawn from it, or ``mixed``: either, half of the times each.
         shifts_frames: draw the offset of the moments, if `sampling` asks for that.
         seed: of what is drawn for a sample; its pass and its place in the data do the rest.
     """
@@ -79,7 +79,7 @@ class Reading:
     tokenizer: Tokenizer
     max_tokens: int
     timeout_s: float | None = None
-    one_turn: bool = False
+    turns: str = "all"
     shifts_frames: bool = False
     seed: int = 0
 
@@ -124,7 +124,8 @@ class ClipDataset(Dataset[Sample]):
         reading = self._reading
         members = self._data.read(ref, entry)
         conversation = conversation_of(entry.key, members, str(self._data.path(ref)))
-        if reading.one_turn:
+        alone = reading.turns == "one" or (reading.turns == "mixed" and drawn(reading.seed, ref, "alone") < 0.5)
+        if alone:
             turn = int(drawn(reading.seed, ref, "turn") * len(conversation.answer_kinds))
             conversation = one_turn(conversation, turn)
         text = tokenise(conversation, reading.tokenizer, reading.max_tokens)  # first: it costs least

@@ -48,6 +48,8 @@ def export_run(run_dir: Path, out_dir: Path, checkpoint: str | None = None, file
     try:
         part.mkdir(parents=True)
         _write_weights(weights, part, file_bytes)
+        for file in part.glob("*.safetensors"):
+            shutil.copymode(config, file)  # safetensors lets nobody else read them
         shutil.copyfile(config, part / "config.yaml")
         (part / "provenance.json").write_text(json.dumps(_provenance(run_dir, taken), indent=2) + "\n")
         part.rename(out_dir)

@@ -1,5 +1,6 @@
 """Going on with a run by itself (``resume=auto``): which one a command means, and whether anything is left to do."""
 
+import json
 import logging
 import os
 import re
@@ -93,9 +94,16 @@ def is_done(config: DictConfig) -> bool:
             f"to start another one, or go on with this one all the same with resume={run_dir}"
         )
     step = saved[-1].marker.step
-    done = step >= config.trainer.max_steps
+    done = step >= config.trainer.max_steps and _has_ended(run_dir)
     say("resume=auto: %s stands at step %d: %s", run_dir, step, "done, nothing to do" if done else "going on")
     return done
+
+
+def _has_ended(run_dir: Path) -> bool:
+    """Whether a run wrote its final numbers; one that keeps no record is taken by its checkpoint."""
+    path = run_dir / "provenance.json"
+    record = json.loads(path.read_text()) if path.is_file() else {"ended": True}
+    return bool(record.get("ended")) and not record.get("error")
 
 
 def is_first_process() -> bool:

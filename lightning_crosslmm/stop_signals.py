@@ -17,7 +17,7 @@ RESUME_ME = 75
 """Exit code of a training that stopped and can go on: EX_TEMPFAIL of sysexits.h."""
 
 
-class Stopped(Exception):
+class Stopped(Exception):  # noqa: N818 (no error)
     """Training was asked to stop and did, with everything it needs to go on in a checkpoint; says why and where."""
 
 

@@ -160,6 +160,7 @@ class _Reader(dcp.FileSystemReader):
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        """Give a class that may be named."""
         if (module, name) in _METADATA:
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f".metadata names {module}.{name}, which it may not")

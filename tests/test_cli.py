@@ -10,6 +10,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from lightning_crosslmm.checkpoint_folder import begin_checkpoint, show_checkpoint
 from lightning_crosslmm.cli import main
 from lightning_crosslmm.compose import build_model, compose_overrides
 from lightning_crosslmm.shards import open_shards
@@ -33,10 +34,13 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     config = compose_overrides(ROOT / "conf", ["decoding.max_new_tokens=3", f"run_dir={folder}"])
     (folder / "config.yaml").write_text(OmegaConf.to_yaml(config, resolve=True))
-    (folder / "checkpoints").mkdir()
+    part = begin_checkpoint(folder, 1)
+    part.mkdir(parents=True)
     torch.manual_seed(0)
     state = {f"model.{name}": tensor for name, tensor in build_model(config, ("",)).state_dict().items()}
-    torch.save({"state_dict": state}, folder / "checkpoints" / "last.ckpt")
+    torch.save({"state_dict": state}, part / "state.ckpt")
+    about = {"epoch": 0, "monitor": "val/accuracy", "mode": "max", "metric": None, "world_size": 1, "versions": {}}
+    show_checkpoint(part, step=1, **about)
     return folder
 
 
@@ -47,8 +51,7 @@ def changed(run_dir: Path, folder: Path, **settings: str | int) -> Path:
         OmegaConf.update(config, key.replace("__", "."), value)
     folder.mkdir(exist_ok=True)
     (folder / "config.yaml").write_text(OmegaConf.to_yaml(config))
-    (folder / "checkpoints").mkdir()
-    (folder / "checkpoints" / "last.ckpt").symlink_to(run_dir / "checkpoints" / "last.ckpt")
+    (folder / "checkpoints").symlink_to(run_dir / "checkpoints")
     return folder
 
 

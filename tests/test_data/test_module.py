@@ -352,7 +352,7 @@ def test_settings_are_checked_by_name(text_folder):
         ({"bytes_per_token": 0}, "data.bytes_per_token: must be above 0"),
         ({"max_bad_fraction": 1.5}, "data.max_bad_fraction: must be from 0 to 1, got 1.5"),
         ({"sample_timeout_s": -1}, "data.sample_timeout_s: must be above 0, or null, got -1"),
-        ({"turns": "once"}, "data.turns: must be one of all, one.*did you mean 'one'"),
+        ({"turns": "once"}, "data.turns: must be one of all, one, mixed.*did you mean 'one'"),
         ({"worker_start": "spwan"}, "data.worker_start: .*did you mean 'spawn'"),
     ]:
         with pytest.raises(UserError, match=message):

@@ -47,11 +47,14 @@ def test_samples_hold_their_own_frames_and_text(shard_folder):
 
 
 def test_one_turn_is_drawn_anew_in_each_pass(shard_folder):
-    dataset = dataset_of(shard_folder, one_turn=True, seed=1)
+    dataset = dataset_of(shard_folder, turns="one", seed=1)
     asked = [dataset[SampleRef(0, 3, epoch)].questions for epoch in range(12)]
     assert set(asked) == {("Which sample?",), ("Sure?",)}
-    assert asked == [dataset_of(shard_folder, one_turn=True, seed=1)[SampleRef(0, 3, n)].questions for n in range(12)]
-    assert asked != [dataset_of(shard_folder, one_turn=True, seed=2)[SampleRef(0, 3, n)].questions for n in range(12)]
+    assert asked == [dataset_of(shard_folder, turns="one", seed=1)[SampleRef(0, 3, n)].questions for n in range(12)]
+    assert asked != [dataset_of(shard_folder, turns="one", seed=2)[SampleRef(0, 3, n)].questions for n in range(12)]
+    mixed = [len(dataset_of(shard_folder, turns="mixed", seed=1)[SampleRef(0, 3, n)].questions) for n in range(24)]
+    whole = len(dataset_of(shard_folder)[SampleRef(0, 3, 0)].questions)
+    assert set(mixed) == {1, whole} and whole > 1
     surety = dataset[SampleRef(0, 3, asked.index(("Sure?",)))]
     assert surety.answer_kinds == ("surety",) and surety.frames_per_visual == (3,)
     assert dataset[SampleRef(0, 2, 0)].questions == ("Which sample?",)
