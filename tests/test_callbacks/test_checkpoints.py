@@ -2,6 +2,7 @@ import json
 import os
 import resource
 import signal
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -185,7 +186,14 @@ def test_a_full_disk_is_told_and_the_checkpoint_before_stays(
             self.ballast = nn.Parameter(torch.zeros(2**16))
 
     module, saving = Heavy(), keeping(2, background=background)
-    module.on_step = lambda: small_disk(2**16) if module.trainer.global_step == 3 else None
+
+    def fill_the_disk() -> None:
+        if module.trainer.global_step == 3:
+            while not (tmp_path / "checkpoints" / "step-00000002").exists():
+                time.sleep(0.01)
+            small_disk(2**16)
+
+    module.on_step = fill_the_disk
     with pytest.raises(
         UserError, match=r"checkpoints: .* could not be written: .*; earlier checkpoints are as"
     ) as told:
