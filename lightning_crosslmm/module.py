@@ -50,6 +50,7 @@ class CrossLMMModule(lightning.LightningModule):
             model.gradient_checkpointing_enable()
         kinds = tuple(answer_kinds)
         self.val_accuracy, self.test_accuracy = AnswerAccuracy(kinds), AnswerAccuracy(kinds)
+        self._answer_tokens = 0
         # pretrained parts come in evaluation mode, where nothing is checkpointed, and Lightning would keep it
         self.train()
 
