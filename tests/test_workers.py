@@ -27,7 +27,7 @@ def test_what_hangs_is_ended_and_the_next_call_finds_another(worker):
     first, start_s = worker.call(os.getpid), time.monotonic()
     with pytest.raises(WorkerLostError, match=r"did not end within 0\.05 s"):
         worker.call(time.sleep, 60, timeout_s=0.05)
-    assert time.monotonic() - start_s < 300  # of 900, on a machine however busy and worker.call(os.getpid) != first
+    assert time.monotonic() - start_s < 30 and worker.call(os.getpid) != first
 
 
 def test_what_crashes_says_so(worker):
