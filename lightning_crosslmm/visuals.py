@@ -180,7 +180,9 @@ class VisualSide(nn.Module):
             check_pooled(self.pooler, given, result, self.pooled_width, self.encoder.grid, questions)
 
     def _source(self, tokens: TokenSet, projected: TokenSet | None) -> TokenSet:
-        return self._timed(tokens, self.encoder_time) if projected is None else projected
+        if self.key_source != "projected" or projected is None:
+            return self._timed(tokens, self.encoder_time)
+        return projected
 
     def _project(self, tokens: TokenSet, projector: nn.Module | None) -> TokenSet:
         assert projector is not None, "built wherever it is called"

@@ -58,17 +58,23 @@ class Worker:
         return result
 
     def _start(self) -> Connection:
-        if self._is_stopped:
+        if self._is_told_to_stop():
             raise WorkerLostError("was stopped")
         # From a fork server, which has no threads whose locks a child could inherit.
         context = multiprocessing.get_context("forkserver")
         with _starting:
             context.set_forkserver_preload(self._preload)
             self._pipe, theirs = context.Pipe()
-            self._process = context.Process(target=_serve, args=(theirs,), daemon=True)
-            self._process.start()
+            process = context.Process(target=_serve, args=(theirs,), daemon=True)
+            process.start()
+            self._process = process
             theirs.close()
+        if self._is_told_to_stop():  # while it started, when there was no process to end yet
+            process.kill()
         return self._pipe
+
+    def _is_told_to_stop(self) -> bool:
+        return self._is_stopped
 
     def stop(self) -> None:
         """End the process for good, from whichever thread; a call that waits for it raises."""
