@@ -120,8 +120,8 @@ def test_the_last_step_is_not_stopped(tmp_path: Path) -> None:
 
 
 def test_the_time_is_up(tmp_path: Path) -> None:
-    assert ends(start(tmp_path, time_limit_s=0.01)) == [RESUME_ME]  # over before the first step, which is done even so
-    assert "time_limit_s=0.01 after step 1" in logs(tmp_path)
+    assert ends(start(tmp_path, time_limit_s=0.01)) == [RESUME_ME]  # over before the first step begins
+    assert "time_limit_s=0.01 after step 0" in logs(tmp_path)
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
