@@ -35,13 +35,14 @@ class Mixture:
     weights: tuple[float, ...] | None = None
 
     @classmethod
-    def open(cls, spec: Spec | Sequence[Spec], setting: str, storage: Storage = LOCAL) -> Self:
+    def open(cls, spec: Spec | Sequence[Spec], setting: str, storage: Storage = LOCAL, mixes: bool = True) -> Self:
         """Open one shard set, or a list of them.
 
         Args:
             spec: of the set, or a list.
             setting: what messages call it.
             storage: how shards at a URL are read.
+            mixes: whether weights mean something; only training mixes, measuring reads every sample once.
 
         Raises:
             UserError: names the setting and what is wrong with it; or what opening its shards is refused for.
@@ -51,6 +52,10 @@ class Mixture:
         if not pairs:
             raise UserError(f"{setting}: is an empty list; name a folder of shards, a tar or a brace pattern")
         weights = [weight for _, weight in pairs if weight is not None]
+        if weights and not mixes:
+            raise UserError(
+                f"{setting}: gives the weight {weights[0]}, but every sample is read once; leave weights out"
+            )
         if len(weights) not in (0, len(pairs)):
             bare = next(name for name, weight in pairs if weight is None)
             raise UserError(f"{setting}: '{bare}' has no weight and others have; give each one, or none")

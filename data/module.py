@@ -137,7 +137,7 @@ class VideoDataModule(LightningDataModule):
         """Open the shards of a stage's splits."""
         for split in _SPLITS_OF_STAGE[stage]:
             if self._specs[split] is not None:
-                self._data[split] = Mixture.open(self._specs[split], f"data.{split}", self._storage)
+                self._data[split] = Mixture.open(self._specs[split], f"data.{split}", self._storage, split == "train")
                 self._data[split].check_cache(self._planner.window_shards)
             elif split != "val" or stage == "validate":
                 raise UserError(f"data.{split}: is not set; name a folder of shards, a tar or a brace pattern")

@@ -78,12 +78,9 @@ class VisualSide(nn.Module):
         if pooler.stage is Stage.IN_ENCODER:
             pooler.enter(encoder.facts())
         pooled_width = pooler.connect(llm_width if is_projected else encoder.width, llm_width, encoder.grid)
-        in_width = encoder.width if is_projected else pooled_width
-        pools_projected_tokens = pooler.stage is not Stage.AS_PROJECTOR
-        reads_projected = key_source == "projected"
-        if not pools_projected_tokens:
-            in_width = encoder.width
-        has_projector = pools_projected_tokens or reads_projected
+        replaces_projector, reads_projected = pooler.stage is Stage.AS_PROJECTOR, key_source == "projected"
+        in_width = encoder.width if is_projected or replaces_projector else pooled_width
+        has_projector = reads_projected or not replaces_projector
         self.projector = projector(in_width, llm_width) if has_projector else None
         needs_own = reads_projected and in_width != encoder.width
         self.source_projector = projector(encoder.width, llm_width) if needs_own else None

@@ -42,6 +42,11 @@ def test_sets_in_a_row_give_every_sample_once(halves):
     assert swapped.fingerprint != mixture.fingerprint
 
 
+def test_what_is_measured_has_no_weights(halves):
+    with pytest.raises(UserError, match=r"data.val: gives the weight 2, .* leave weights out"):
+        Mixture.open([{"shards": halves[0], "weight": 2}], "data.val", mixes=False)
+
+
 def test_weights_are_proportions(halves):
     mixture = Mixture.open([{"shards": halves[0], "weight": 1}, {"shards": halves[1], "weight": 1}], "data.train")
     read = keys(mixture)
