@@ -14,20 +14,19 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lightning_crosslmm.batch import VISUAL_MARK, VideoBatch, asked_visuals, question_mask
+from lightning_crosslmm.batch import VISUAL_MARK, VideoBatch, question_mask
 from lightning_crosslmm.decoding import Decoding, Streamer
 from lightning_crosslmm.encoder import Encoder
 from lightning_crosslmm.errors import UserError
 from lightning_crosslmm.fusion import Fusion, FusionContext
 from lightning_crosslmm.llm import host_layer, insert_block
-from lightning_crosslmm.llm.layers import enable_checkpointing, packed_mask, summarise
+from lightning_crosslmm.llm.layers import enable_checkpointing, packed_mask
 from lightning_crosslmm.llm.virtual import Unmerging, unmerge_attention
 from lightning_crosslmm.placement import Layout, fusion_context, place
 from lightning_crosslmm.pooler import Pooler
-from lightning_crosslmm.taps import Questions
 from lightning_crosslmm.tokens import TokenSet
 from lightning_crosslmm.unmerging import check_room, check_unmerging, unmerge
-from lightning_crosslmm.visuals import Visuals, VisualSide
+from lightning_crosslmm.visuals import Visuals, VisualSide, questions_of
 
 ROLES = ("encoder", "pooler", "projector", "fusion", "llm")
 
@@ -43,6 +42,7 @@ class Prompt:
         layout: where everything stands.
         context: for the fused layers; None without fusion or visuals.
         unmerging: what the LLM's attention shall see; None where it sees what is there.
+        pooled: tokens of the visuals; None without.
     """
 
     embeds_RTD: Tensor
@@ -51,6 +51,7 @@ class Prompt:
     layout: Layout
     context: FusionContext | None
     unmerging: Unmerging | None = None
+    pooled: TokenSet | None = None
 
 
 @dataclass(frozen=True)
@@ -112,8 +113,11 @@ class CrossLMM(VisualSide):
             unmerge_attention(llm)
         self.llm, self.fusion_settings, self.fused_layers = llm, fusion, tuple(layers)
         source_width = encoder.width if fusion.key_source == "encoder" else config.hidden_size
-        for number in layers:
-            block = fusion.block(host_layer(llm, number), number, source_width)
+        groups = fusion.groups(config.num_hidden_layers)
+        hosts = {number: host_layer(llm, number) for number in groups.values() if number is not None}
+        self.fusion_sources = fusion.sources(hosts, source_width, config.rms_norm_eps)
+        for number, group in groups.items():
+            block = fusion.block(host_layer(llm, number), number, source_width, group)
             insert_block(llm, number, block, before_layer=fusion.placement == "before_layer")
         self.add_time(fusion.frame_time, config.hidden_size, config.initializer_range)
 
@@ -123,7 +127,7 @@ class CrossLMM(VisualSide):
         Args:
             batch: samples; marks and visuals agree (`VideoBatch.validate`).
             pad_left: as generation wants.
-            keeps_keys: compute text-to-visual keys and values once and keep them, for generation.
+            keeps_keys: keep what text reads for the text that follows, for generation.
 
         Raises:
             UserError: a row is longer than the LLM's context.
@@ -131,7 +135,7 @@ class CrossLMM(VisualSide):
         embed: Any = self.llm.get_input_embeddings()
         device = embed.weight.device
         wants_visuals = len(batch.frames_FCHW) > 0 or self.training or self.most is not None
-        visuals = self.encode(batch, self._questions(batch)) if wants_visuals else None
+        visuals = self.encode(batch, questions_of(batch, self.llm, self.pooler.needs)) if wants_visuals else None
         layout = self._place(batch, visuals, pad_left)
         text_MD = embed(layout.text_ids_M.to(device, non_blocking=True))
         if visuals is not None and visuals.question_QD is not None:
@@ -147,7 +151,13 @@ class CrossLMM(VisualSide):
             flat_PD = flat_PD.index_copy(0, layout.pooled_position_P.to(device), pooled_PD)
         context = None
         if visuals is not None and self.fused_layers:
-            context = fusion_context(layout, visuals.source, is_training=self.training, keeps_keys=keeps_keys)
+            context = fusion_context(
+                layout,
+                visuals.source,
+                *self.fusion_sources(visuals.source.features_SD, text_MD.dtype),
+                is_training=self.training,
+                t2v_cache=self.fusion_settings.t2v_cache if keeps_keys else None,
+            )
         unmerging = None
         if visuals is not None and not visuals.is_blank and self.virtual_unmerging != "none":
             patches, most = math.prod(self.encoder.grid), self.llm.config.max_position_embeddings
@@ -163,20 +173,8 @@ class CrossLMM(VisualSide):
             layout=layout,
             context=context,
             unmerging=unmerging,
+            pooled=None if visuals is None or visuals.is_blank else visuals.pooled,
         )
-
-    def _questions(self, batch: VideoBatch) -> Questions | None:
-        wants_summary = "question_summary" in self.pooler.needs
-        if not wants_summary and "question" not in self.pooler.needs:
-            return None
-        embed: Any = self.llm.get_input_embeddings()
-        mask_L = question_mask(batch)
-        sample_L = torch.repeat_interleave(torch.arange(batch.num_samples), batch.text_offsets.diff())
-        count_B = torch.bincount(sample_L[mask_L], minlength=batch.num_samples)
-        offsets = torch.cat([count_B.new_zeros(1), count_B.cumsum(0)])
-        features_QD = embed(batch.ids_L[mask_L].to(embed.weight.device))
-        summary_BD = summarise(self.llm, features_QD.detach(), offsets) if wants_summary else None
-        return Questions(features_QD, offsets, summary_BD, asked_visuals(batch))
 
     def _place(self, batch: VideoBatch, visuals: Visuals | None, pad_left: bool) -> Layout:
         if visuals is None or visuals.is_blank:
@@ -283,7 +281,7 @@ class CrossLMM(VisualSide):
     def role_of(self, parameter_name: str) -> str:
         """Name the role of a parameter: encoder, pooler, projector, fusion or llm."""
         top = parameter_name.split(".", 1)[0]
-        if top in ("frame_time", "encoder_time") or ".fusion." in parameter_name:
+        if top in ("frame_time", "encoder_time", "fusion_sources") or ".fusion." in parameter_name:
             return "fusion"
         return "projector" if top == "source_projector" else top
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lightning_crosslmm.batch import IGNORED, VISUAL_MARK, VideoBatch
 from lightning_crosslmm.errors import UserError
-from lightning_crosslmm.fusion import FusionContext, Queries, Spans
+from lightning_crosslmm.fusion import FusionContext, Held, Queries, Spans
 from lightning_crosslmm.tokens import TokenSet
 
 
@@ -192,14 +192,24 @@ def pooled_ranges(pooled: TokenSet, source: TokenSet, scope: str, window_frames:
     return Spans(_offsets(count_G[asks_G]), start_G[asks_G], end_G[asks_G]) if asks_G.any() else None
 
 
-def fusion_context(layout: Layout, source: TokenSet, *, is_training: bool, keeps_keys: bool) -> FusionContext:
+def fusion_context(
+    layout: Layout,
+    source: TokenSet,
+    unit_SE: Tensor,
+    shared: dict[int, dict[str, Held]],
+    *,
+    is_training: bool,
+    t2v_cache: str | None,
+) -> FusionContext:
     """Write for the fused layers who reads which source tokens.
 
     Args:
         layout: of the batch.
         source: its source tokens.
+        unit_SE: their features as fused layers read them.
+        shared: what groups of layers share; both as `FusionSources` gives them.
         is_training: a branch that nobody asks still takes part in the graph, with weight 0.
-        keeps_keys: as in `CrossLMM.prompt`.
+        t2v_cache: as in `Fusion` where text will follow, else None.
     """
     device = source.features_SD.device
     v2v = None if layout.v2v is None else Queries(layout.pooled_position_P.to(device), layout.v2v)
@@ -209,12 +219,13 @@ def fusion_context(layout: Layout, source: TokenSet, *, is_training: bool, keeps
         blank = Queries(torch.zeros(1, dtype=torch.int64, device=device), everything, weight=0.0)
         v2v, t2v = v2v or blank, t2v or blank
     return FusionContext(
-        source_SE=source.features_SD,
+        source_SE=unit_SE,
         v2v=v2v,
         t2v=t2v,
+        shared=shared,
         row_spans=layout.row_spans,
         prompt_length=layout.num_positions,
-        keys_values={} if keeps_keys else None,
+        t2v_cache=t2v_cache,
         source_map=source.source_map,
     )
 

@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_crosslmm.batch import VideoBatch
+from lightning_crosslmm.batch import VideoBatch, asked_visuals, question_mask
 from lightning_crosslmm.encoder import Encoder
 from lightning_crosslmm.errors import UserError
 from lightning_crosslmm.fusion import frame_time
+from lightning_crosslmm.llm.layers import summarise
+from lightning_crosslmm.pieces import in_pieces, pieces_of
 from lightning_crosslmm.pooler import Pooler, Stage, check_pooled
 from lightning_crosslmm.taps import Questions, Taps
 from lightning_crosslmm.tokens import TokenSet, frame_in_visual
@@ -115,11 +117,11 @@ class VisualSide(nn.Module):
         """
         is_blank = len(batch.frames_FCHW) == 0
         frames_FCHW = batch.frames_FCHW
-        annotations = (batch.visual_offsets, batch.sample_of_visual, batch.frame_time_s_F)
+        annotations = (batch.visual_offsets, batch.sample_of_visual, batch.frame_time_s_F, batch.picture_V4)
         if is_blank:
             side = self.encoder.image_size
             frames_FCHW = frames_FCHW.new_zeros(1, 3, side, side)
-            annotations = (torch.tensor([0, 1]), torch.tensor([0]), torch.zeros(1))
+            annotations = (torch.tensor([0, 1]), torch.tensor([0]), torch.zeros(1), None)
         if self.pooler.stage is Stage.IN_ENCODER:
             return self._encode_hooked(frames_FCHW, annotations, is_blank)
         patches_FNE, asked = self._patches(frames_FCHW)
@@ -145,7 +147,7 @@ class VisualSide(nn.Module):
         chunks, blanks = self._chunks(frames_FCHW)
         asks = self.pooler.asks
         if not asks.needs:
-            patches_FNE = torch.cat([self.encoder(chunk_FCHW) for chunk_FCHW in chunks])
+            (patches_FNE,) = in_pieces(lambda chunk_FCHW: (self.encoder(chunk_FCHW),), chunks)
             return _with_none(patches_FNE, [self.encoder(blank_FCHW) for blank_FCHW in blanks]), {}
         taps = [Taps(asks) for _ in chunks]
         patches_FNE = torch.cat([self.encoder(chunk, taps=tap) for chunk, tap in zip(chunks, taps, strict=True)])
@@ -158,7 +160,7 @@ class VisualSide(nn.Module):
         missing = 0 if self.most is None else self.most(len(chunks)) - len(chunks)
         return chunks, (torch.zeros_like(frames_FCHW[:1]),) * missing
 
-    def _encode_hooked(self, frames_FCHW: Tensor, annotations: tuple[Tensor, ...], is_blank: bool) -> Visuals:
+    def _encode_hooked(self, frames_FCHW: Tensor, annotations: tuple[Any, ...], is_blank: bool) -> Visuals:
         chunks, blanks = self._chunks(frames_FCHW)
         hooks = [self.pooler.hook() for _ in chunks]
         outputs = [self.encoder(chunk, hook=hook) for chunk, hook in zip(chunks, hooks, strict=True)]
@@ -183,7 +185,8 @@ class VisualSide(nn.Module):
 
     def _project(self, tokens: TokenSet, projector: nn.Module | None) -> TokenSet:
         assert projector is not None, "built wherever it is called"
-        return self._timed(tokens.with_features(projector(tokens.features_SD)), self.frame_time)
+        (features_SD,) = in_pieces(lambda piece_SD: (projector(piece_SD),), pieces_of(tokens.features_SD))
+        return self._timed(tokens.with_features(features_SD), self.frame_time)
 
     def _timed(self, tokens: TokenSet, embed: nn.Module | None) -> TokenSet:
         if embed is None:
@@ -193,6 +196,27 @@ class VisualSide(nn.Module):
         tokens_F = tokens.frame_offsets.diff().to(device)
         time_SD = time_FD.repeat_interleave(tokens_F, dim=0, output_size=tokens.num_tokens)
         return tokens.with_features(tokens.features_SD + time_SD.to(tokens.features_SD.dtype))
+
+
+def questions_of(batch: VideoBatch, llm: Any, needs: frozenset[str]) -> Questions | None:
+    """Read the questions of a batch with the LLM's embeddings, and with the LLM itself where a pooler wants a summary.
+
+    Args:
+        batch: samples.
+        llm: a causal model.
+        needs: of the pooler; None comes back where it needs no question.
+    """
+    wants_summary = "question_summary" in needs
+    if not wants_summary and "question" not in needs:
+        return None
+    embed = llm.get_input_embeddings()
+    mask_L = question_mask(batch)
+    sample_L = torch.repeat_interleave(torch.arange(batch.num_samples), batch.text_offsets.diff())
+    count_B = torch.bincount(sample_L[mask_L], minlength=batch.num_samples)
+    offsets = torch.cat([count_B.new_zeros(1), count_B.cumsum(0)])
+    features_QD = embed(batch.ids_L[mask_L].to(embed.weight.device))
+    summary_BD = summarise(llm, features_QD.detach(), offsets) if wants_summary else None
+    return Questions(features_QD, offsets, summary_BD, asked_visuals(batch))
 
 
 def _with_none(patches_FnE: Tensor, blanks: list[Tensor]) -> Tensor:

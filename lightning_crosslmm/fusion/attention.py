@@ -41,6 +41,7 @@ class Spans:
     key_start: Tensor
     key_end: Tensor
     _plans: dict[torch.device, "_Plan"] = field(default_factory=dict, repr=False, compare=False)
+    _repeated: dict[int, "Spans"] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def num_groups(self) -> int:
@@ -51,6 +52,12 @@ class Spans:
     def num_pairs(self) -> int:
         """Query-key pairs that are scored: what attention FLOPs are counted from."""
         return int((self.query_offsets.diff() * (self.key_end - self.key_start)).sum())
+
+    def repeated(self, times: int) -> "Spans":
+        """Let `times` queries in a row stand for each one; made once and shared by all layers."""
+        if times not in self._repeated:
+            self._repeated[times] = Spans(self.query_offsets * times, self.key_start, self.key_end)
+        return self._repeated[times]
 
     def plan(self, device: torch.device) -> "_Plan":
         """Index tensors for one device, made once and shared by all layers."""

@@ -5,7 +5,9 @@ Axis letters:
     Q  queries of a branch    H  query heads    A  key and value heads    K  channels per head
 """
 
+import functools
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 from lightning_crosslmm.errors import UserError
 from lightning_crosslmm.fusion.attention import attention_weights, cross_attention
 from lightning_crosslmm.fusion.context import FusionContext, Queries
+from lightning_crosslmm.fusion.keys import Held, KeysValues, Latent, draw
 from lightning_crosslmm.host import HostLayer
 
 
@@ -49,34 +52,6 @@ class Gate(nn.Module):
     def forward(self, update_QD: Tensor) -> Tensor:
         """Scale an update."""
         return update_QD if self.raw is None else self.raw.tanh().to(update_QD.dtype) * update_QD
-
-
-class KeysValues(nn.Module):
-    """Keys and values of the source tokens: ``W_k norm(s), W_v norm(s)``.
-
-    Source: CrossLMM, arXiv:2505.17020v1, Eqs. (6), (9).
-    Differs: the norm is ours (not given); grouped heads and biases are the host layer's, which fits the 43 M parameters
-        of Table 3.
-
-    Args:
-        host: shape of the host layer's attention.
-        source_width: E.
-    """
-
-    def __init__(self, host: HostLayer, source_width: int) -> None:
-        super().__init__()
-        self.norm = nn.RMSNorm(source_width, eps=host.norm_eps)
-        inner = host.num_kv_heads * host.head_width
-        self.k_proj = nn.Linear(source_width, inner, bias=host.qkv_bias)
-        self.v_proj = nn.Linear(source_width, inner, bias=host.qkv_bias)
-        self.k_norm = nn.RMSNorm(host.head_width, eps=host.norm_eps) if host.head_norm else nn.Identity()
-        self.heads = (host.num_kv_heads, host.head_width)
-
-    def forward(self, source_SE: Tensor) -> tuple[Tensor, Tensor]:
-        """Give (S, A, K) keys and values."""
-        normed_SE = self.norm(source_SE)
-        key_SAK = self.k_norm(self.k_proj(normed_SE).unflatten(-1, self.heads))
-        return key_SAK, self.v_proj(normed_SE).unflatten(-1, self.heads)
 
 
 class Branch(nn.Module):
@@ -121,12 +96,15 @@ class FusionBlock(nn.Module):
     Source: CrossLMM, arXiv:2505.17020v1, section 3.3 and Fig. 2.
     Differs: the block owns no feed-forward network; a new one in each of 7 layers would be 290 M parameters where Table
         3 has 43 M, so the one drawn in Fig. 2 is the host layer's. V2V and T2V have their own matrices, because stage 1
-        trains one without the other; `share_kv` lets them share keys and values.
+        trains one without the other; `share_kv` lets them share keys and values. Layers may share them, too, or make
+        them from a latent; see `Fusion`.
 
     Args:
         host: the layer it moves into.
-        layer: number of that layer, for the cache.
+        layer: number of that layer.
         source_width: width of the source tokens it reads.
+        group: first of the layers that share what is read, or None for a layer by itself.
+        kv_latent: r, or None for keys and values straight from source tokens.
         v2v: whether pooled tokens re-read.
         t2v: whether text tokens re-read.
         gate: kind of the gates.
@@ -147,18 +125,22 @@ class FusionBlock(nn.Module):
         gate_init: float,
         share_kv: bool,
         backend: str,
+        group: int | None = None,
+        kv_latent: int | None = None,
     ) -> None:
         super().__init__()
         self.layer, self.backend, self.share_kv = layer, backend, share_kv
+        self.group = layer if group is None else group
         self.v2v = Branch(host, gate, gate_init) if v2v else None
         self.t2v = Branch(host, gate, gate_init) if t2v else None
         names = ["shared"] if share_kv else [name for name, on in (("v2v", v2v), ("t2v", t2v)) if on]
-        self.keys_values = nn.ModuleDict({name: KeysValues(host, source_width) for name in names})
-        for part in self.modules():
-            if isinstance(part, nn.Linear):  # as the LLM draws its own
-                nn.init.normal_(part.weight, std=host.init_std)
-                if part.bias is not None:
-                    nn.init.zeros_(part.bias)
+        own_latents = names if group is None and kv_latent is not None else []
+        own_keys = names if group is None or kv_latent is not None else []
+        self.latents = nn.ModuleDict({name: Latent(host, source_width, kv_latent or 0) for name in own_latents})
+        self.keys_values = nn.ModuleDict(
+            {name: KeysValues(host, kv_latent or source_width, has_norm=kv_latent is None) for name in own_keys}
+        )
+        draw(self, host.init_std)
 
     def forward(self, hidden_RTD: Tensor, context: FusionContext) -> Tensor:
         """Add both updates to the hidden states of the positions that ask.
@@ -171,37 +153,66 @@ class FusionBlock(nn.Module):
             (R, T, D), same dtype.
         """
         flat_PD = hidden_RTD.flatten(0, 1)
-        source_SE = context.source_SE.to(hidden_RTD.dtype)
         updates: list[Tensor] = []
         places: list[Tensor] = []
-        made: dict[str, tuple[Tensor, Tensor]] = {}
+        made: dict[str, Held] = {}
         for name, branch, queries in (("v2v", self.v2v, context.v2v), ("t2v", self.t2v, context.t2v)):
-            if branch is None or queries is None:
+            is_kept = (
+                name == "t2v" and context.keeps_keys
+            )  # though the prompt's text may see nothing: what follows will
+            if branch is None or (queries is None and not is_kept):
                 continue
-            key_SAK, value_SAK = self._keys_values(name, source_SE, context, made)
+            make = functools.partial(self._make, name, context, made)
+            held = context.keep(self.group, make) if is_kept else make()
+            if queries is None:
+                continue
             query_QHK = branch.query(flat_PD[queries.position_Q])
-            attended_QHK = cross_attention(query_QHK, key_SAK, value_SAK, queries.spans, self.backend)
-            if context.looks is not None:
-                context.looks.append((self.layer, name, attention_weights(query_QHK, key_SAK, queries.spans)))
+            attended_QHK = self._attend(name, query_QHK, held, queries, context, made)
             updates.append(_scaled(branch.update(attended_QHK), queries))
             places.append(queries.position_Q)
+            if not self.share_kv:  # nobody reads these again, and of a long clip they are large
+                made.clear()
+                del held
         if not updates:
             return hidden_RTD
         update_QD = torch.cat(updates).to(hidden_RTD.dtype)
         return flat_PD.index_add(0, torch.cat(places), update_QD).view_as(hidden_RTD)
 
-    def _keys_values(
-        self, name: str, source_SE: Tensor, context: FusionContext, made: dict[str, tuple[Tensor, Tensor]]
-    ) -> tuple[Tensor, Tensor]:
-        kept = context.keys_values if name == "t2v" else None
-        if kept is not None and self.layer in kept:
-            return kept[self.layer]
+    def _make(self, name: str, context: FusionContext, made: dict[str, Held]) -> Held:
+        """What a branch reads, made once where both read the same."""
         which = "shared" if self.share_kv else name
         if which not in made:
-            made[which] = self.keys_values[which](source_SE)
-        if kept is not None:
-            kept[self.layer] = made[which]
+            if self.group in context.shared:
+                made[which] = context.shared[self.group][which]
+            elif which in self.latents:
+                made[which] = self.latents[which](context.source_SE)
+            elif context.is_following and self.keys_values[which].is_linear:
+                made[which] = (context.source_SE,)  # too few queries to be worth making keys and values
+            else:
+                made[which] = self.keys_values[which](context.source_SE)
         return made[which]
+
+    def _attend(
+        self,
+        name: str,
+        query_QHK: Tensor,
+        held: Held,
+        queries: Queries,
+        context: FusionContext,
+        made: dict[str, Held],
+    ) -> Tensor:
+        which = "shared" if self.share_kv else name
+        if len(held) == 1:
+            keys_values: Any = self.keys_values[which]
+            if context.is_following and keys_values.is_linear:
+                return keys_values.attend(query_QHK, held[0], queries.spans)
+            if f"{which} of latent" not in made:
+                made[f"{which} of latent"] = keys_values(held[0])
+            held = made[f"{which} of latent"]
+        key_SAK, value_SAK = held
+        if context.looks is not None:
+            context.looks.append((self.layer, name, attention_weights(query_QHK, key_SAK, queries.spans)))
+        return cross_attention(query_QHK, key_SAK, value_SAK, queries.spans, self.backend)
 
 
 def _scaled(update_QD: Tensor, queries: Queries) -> Tensor:

@@ -2,11 +2,14 @@
 
 from collections.abc import Mapping
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_crosslmm.errors import UserError, nearest
 from lightning_crosslmm.fusion.attention import BACKENDS
-from lightning_crosslmm.fusion.block import Branch, FusionBlock, KeysValues
+from lightning_crosslmm.fusion.block import Branch, FusionBlock
+from lightning_crosslmm.fusion.cache import CACHES
+from lightning_crosslmm.fusion.keys import KeysValues
+from lightning_crosslmm.fusion.sources import FusionSources
 from lightning_crosslmm.host import HostLayer
 
 _CHOICES = {
@@ -15,6 +18,7 @@ _CHOICES = {
     "placement": ("after_attention", "before_layer"),
     "weights": ("fresh", "host"),
     "frame_time": ("none", "sinusoidal", "learned"),
+    "t2v_cache": CACHES,
     "backend": BACKENDS,
 }
 
@@ -47,7 +51,12 @@ class Fusion:
         gate: ``scalar``, ``channel`` or ``none``.
         gate_init: the gate's factor at the start, between -1 and 1.
         weights: ``fresh``, or a copy of the ``host`` layer's self-attention.
-        share_kv: both branches share key and value projections.
+        share_kv: the two branches of a layer share key and value projections.
+        layers_per_kv: so many fused layers in a row share their keys and values, or ``all`` of them; with `kv_latent`
+            they share the latent, and each makes its own keys and values from it.
+        kv_latent: channels of the latent that keys and values are made from; null makes them from source tokens.
+        t2v_cache: what answering keeps: ``keys_values`` (or their latent), the same in ``int8``, or the source tokens
+            alone, from which each new token's reading is worked out (``recompute``).
         frame_time: ``sinusoidal`` adds an embedding of each frame's time in seconds to what the LLM and fusion read of
             it, in every arm, ``none`` too. Without it, keys carry no frame identity beyond content.
         backend: cross-attention backend.
@@ -70,6 +79,9 @@ class Fusion:
         gate_init: float = 0.0,
         weights: str = "fresh",
         share_kv: bool = False,
+        layers_per_kv: int | str = 1,
+        kv_latent: int | None = None,
+        t2v_cache: str = "keys_values",
         frame_time: str = "none",
         backend: str = "auto",
     ) -> None:
@@ -78,7 +90,8 @@ class Fusion:
         self.scope, self.window_frames = scope, window_frames
         self.key_source, self.placement = key_source, placement
         self.gate, self.gate_init, self.weights = gate, gate_init, weights
-        self.share_kv, self.frame_time, self.backend = share_kv, frame_time, backend
+        self.share_kv, self.layers_per_kv, self.kv_latent = share_kv, layers_per_kv, kv_latent
+        self.t2v_cache, self.frame_time, self.backend = t2v_cache, frame_time, backend
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
             if value not in choices:
@@ -92,15 +105,38 @@ class Fusion:
                 f"fusion.scope is '{scope}' and fusion.window_frames {window_frames}: a window "
                 "needs 1 frame or more, other scopes null"
             )
-        if weights == "host" and key_source == "encoder":
+        self._check_keys()
+
+    def _check_keys(self) -> None:
+        if self.weights == "host" and self.key_source == "encoder":
             raise UserError(
                 "fusion.weights=host copies projections of the LLM's width; set "
                 "fusion.key_source=projected or fusion.weights=fresh"
             )
-        if share_kv and not (v2v and t2v):
+        if self.share_kv and not (self.v2v and self.t2v):
             raise UserError(
                 "fusion.share_kv=true needs both branches; set fusion.v2v=true and "
                 "fusion.t2v=true, or fusion.share_kv=false"
+            )
+        count, latent = self.layers_per_kv, self.kv_latent
+        if count != "all" and (not isinstance(count, int) or count < 1):
+            raise UserError(f"fusion.layers_per_kv is {count}; right are a number of fused layers, 1 or more, or all")
+        if latent is not None and latent < 1:
+            raise UserError(f"fusion.kv_latent is {latent}; right are a number of channels, 1 or more, or null")
+        if latent is not None and self.weights == "host":
+            raise UserError(
+                f"fusion.weights=host copies projections of the LLM's width, fusion.kv_latent={latent} makes them "
+                "narrower; set fusion.kv_latent=null or fusion.weights=fresh"
+            )
+        if self.t2v_cache != "keys_values" and not self.t2v:
+            raise UserError(
+                f"fusion.t2v_cache={self.t2v_cache} is about what text reads; set fusion.t2v=true or "
+                "fusion.t2v_cache=keys_values"
+            )
+        if self.t2v_cache == "recompute" and count != 1:
+            raise UserError(
+                f"fusion.t2v_cache=recompute keeps source tokens instead of keys, fusion.layers_per_kv={count} keys of "
+                "several layers; set fusion.layers_per_kv=1 or fusion.t2v_cache=keys_values"
             )
 
     @property
@@ -120,8 +156,42 @@ class Fusion:
             raise UserError(f"fusion.first_layer is {self.first_layer}, but the LLM has layers 0 to {num_layers - 1}")
         return list(range(self.first_layer, num_layers, self.interval))
 
-    def block(self, host: HostLayer, layer: int, source_width: int) -> FusionBlock:
-        """Build the block for one layer, with weights as `weights` says."""
+    def groups(self, num_layers: int) -> dict[int, int | None]:
+        """Give for each fused layer the first one of those that it shares keys with, or None if it shares with none.
+
+        Raises:
+            UserError: `layers_per_kv` is more than there are.
+        """
+        layers = self.layers(num_layers)
+        if self.layers_per_kv == 1:
+            return dict.fromkeys(layers)
+        size = len(layers) if self.layers_per_kv == "all" else int(self.layers_per_kv)
+        if layers and size > len(layers):
+            raise UserError(
+                f"fusion.layers_per_kv is {size}, but fusion.interval={self.interval} and "
+                f"fusion.first_layer={self.first_layer} fuse {len(layers)} of the LLM's {num_layers} layers; "
+                f"right are 1 to {len(layers)}, or all"
+            )
+        return {layer: layers[place - place % size] for place, layer in enumerate(layers)}
+
+    def sources(self, hosts: Mapping[int, HostLayer], source_width: int, eps: float) -> FusionSources:
+        """Build what stands before the LLM, with weights as `weights` says.
+
+        Args:
+            hosts: the first layer of each group in `groups`.
+            source_width: E.
+            eps: of the LLM's norms.
+        """
+        branches = [name for name in ("v2v", "t2v") if getattr(self, name)]
+        names = ["shared"] if self.share_kv else branches
+        made = FusionSources(hosts, names, source_width, self.kv_latent, eps)
+        if self.weights == "host":
+            for number, host in hosts.items():
+                copy_host(made.groups[str(number)], host.weights)
+        return made
+
+    def block(self, host: HostLayer, layer: int, source_width: int, group: int | None = None) -> FusionBlock:
+        """Build the block for one layer of a group, with weights as `weights` says."""
         block = FusionBlock(
             host,
             layer,
@@ -132,15 +202,17 @@ class Fusion:
             gate_init=self.gate_init,
             share_kv=self.share_kv,
             backend=self.backend,
+            group=group,
+            kv_latent=self.kv_latent,
         )
         if self.weights == "host":
             copy_host(block, host.weights)
         return block
 
 
-def copy_host(block: FusionBlock, weights: Mapping[str, Tensor]) -> None:
-    """Copy the host layer's norm and projections into a block; gates stay as they are."""
-    for part in block.modules():
+def copy_host(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Copy the host layer's norm and projections into branches and keys; gates stay as they are."""
+    for part in module.modules():
         if isinstance(part, Branch | KeysValues):
             part.load_state_dict(
                 {name: weights[name] for name in part.state_dict() if not name.startswith("gate.")}, strict=False

@@ -6,7 +6,8 @@ import torch
 
 from lightning_crosslmm.errors import UserError
 from lightning_crosslmm.fusion import FusionBlock, FusionContext, Queries, Spans
-from lightning_crosslmm.fusion.block import Branch, Gate, KeysValues
+from lightning_crosslmm.fusion.block import Branch, Gate
+from lightning_crosslmm.fusion.keys import KeysValues, unit_rms
 from lightning_crosslmm.fusion.plan import copy_host
 from lightning_crosslmm.llm import host_layer
 from tests.tiny import tiny_llm
@@ -22,7 +23,7 @@ def block(kind="qwen2", source_width=WIDTH, **settings):
 
 def context(source_width=WIDTH, **changes):
     """Two rows of six positions: 1 and 2 are pooled and read sources 0 to 5, as 3 and 4 do; 11 reads the others."""
-    source_SE = torch.randn(SOURCES, source_width, generator=torch.Generator().manual_seed(1))
+    source_SE = unit_rms(torch.randn(SOURCES, source_width, generator=torch.Generator().manual_seed(1)), 1e-6)
     v2v = Queries(torch.tensor([1, 2]), Spans(torch.tensor([0, 2]), torch.tensor([0]), torch.tensor([6])))
     t2v = Queries(torch.tensor([3, 4, 11]), Spans(torch.tensor([0, 2, 3]), torch.tensor([0, 6]), torch.tensor([6, 10])))
     return replace(FusionContext(source_SE, v2v, t2v), **changes)
@@ -102,6 +103,7 @@ def test_the_formula():
 
     asking_QD = hidden().flatten(0, 1)[[1, 2]]
     query = branch.q_proj(normed(asking_QD, branch.norm)).view(2, 4, 8)
+    keys_values.norm.weight.data = torch.rand(WIDTH)
     source_SE = normed(here.source_SE[:6], keys_values.norm)
     key, value = (part(source_SE).view(6, 2, 8) for part in (keys_values.k_proj, keys_values.v_proj))
     heads = [torch.softmax(query[:, h] @ key[:, h // 2].T / 8**0.5, dim=-1) @ value[:, h // 2] for h in range(4)]
@@ -134,16 +136,59 @@ def test_shared_keys_are_computed_once():
     )
 
 
-def test_kept_keys_are_read_and_v2vs_are_not_kept():
-    made = block()
-    here = context(keys_values={})
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("share_kv", [False, True])
+@pytest.mark.parametrize("latent", [None, 6])
+@pytest.mark.parametrize("cache", ["keys_values", "recompute"])
+def test_text_that_follows_reads_what_the_prompt_read(kind, share_kv, latent, cache):
+    made = block(kind, share_kv=share_kv, kv_latent=latent)
+    for part in made.modules():
+        if getattr(part, "bias", None) is not None:
+            torch.nn.init.normal_(part.bias)
+    here = context(t2v_cache=cache, row_spans=((0, 6), (6, 10)), prompt_length=6)
     first = made(hidden(), here)
-    assert set(here.keys_values) == {0}
-    calls = []
-    made.keys_values["t2v"].register_forward_hook(lambda *_: calls.append(1))
-    again = made(hidden(), replace(here, v2v=None))
-    assert calls == []
-    torch.testing.assert_close(again[1, 5], first[1, 5])
+    assert set(here.kept) == ({0} if cache == "keys_values" else set())
+    later = here.at(6, 1)
+    assert len(here.source_SE) == (0 if cache == "keys_values" else SOURCES)
+    again = made(torch.stack([hidden()[0, 3:4], hidden()[1, 5:6]]), later)
+    torch.testing.assert_close(again[:, 0], torch.stack([first[0, 3], first[1, 5]]), rtol=0, atol=2e-6)
+
+
+def test_following_text_makes_no_keys_but_where_keys_are_normed():
+    def calls(kind, **settings):
+        made, found = block(kind, **settings), []
+        here = context(t2v_cache="recompute", row_spans=((0, 6), (6, 10)), prompt_length=6)
+        made(hidden(), here)
+        for part in made.modules():
+            if isinstance(part, KeysValues):
+                part.register_forward_hook(lambda *_: found.append(1))
+        made(hidden()[:, :1], here.at(6, 1))
+        return len(found)
+
+    assert [calls("qwen2"), calls("qwen2", kv_latent=6), calls("qwen3")] == [0, 0, 1]
+
+
+def test_text_reads_what_it_follows_even_if_the_prompts_text_saw_nothing():
+    made = block(v2v=False)
+    here = context(t2v=None, t2v_cache="keys_values", row_spans=((0, 6), None), prompt_length=6)
+    assert torch.equal(made(hidden(), here), hidden())
+    assert moved(hidden()[:, :1], made(hidden()[:, :1], here.at(6, 1))) == [0]
+
+
+def test_a_group_reads_what_its_first_layer_would():
+    whole = block()
+    shared = {name: part(context().source_SE) for name, part in whole.keys_values.items()}
+    member = block(group=0)
+    assert not list(member.keys_values) and not list(member.latents)
+    member.load_state_dict({k: v for k, v in whole.state_dict().items() if not k.startswith("keys_values.")})
+    found = member(hidden(), context(shared={0: shared}))
+    assert torch.equal(found, whole(hidden(), context()))
+
+
+def test_a_group_with_a_latent_makes_its_own_keys():
+    member = block(group=0, kv_latent=6)
+    assert list(member.keys_values) == ["v2v", "t2v"] and not list(member.latents)
+    assert member.keys_values["v2v"].k_proj.in_features == 6
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3", "llama"])
@@ -189,4 +234,6 @@ def test_looks_are_collected_per_branch():
 
 def test_half_precision_hidden_states_stay_half():
     made = block().bfloat16()
-    assert made(hidden().bfloat16(), context()).dtype == torch.bfloat16
+    here = context()
+    here.source_SE = here.source_SE.bfloat16()
+    assert made(hidden().bfloat16(), here).dtype == torch.bfloat16

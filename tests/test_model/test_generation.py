@@ -7,7 +7,7 @@ from lightning_crosslmm.batch import prompts_for
 from lightning_crosslmm.errors import UserError
 from lightning_crosslmm.pooler import BilinearPooler
 from tests.arms import ARMS, BATCH, CLOSE, arms, generated, logits
-from tests.tiny import tiny_model
+from tests.tiny import tiny_batch, tiny_model
 
 
 def with_answers(prompts, rows):
@@ -47,6 +47,65 @@ def test_cached_decoding_for_every_llm(kind, attention):
     prompts = prompts_for(BATCH, [1, 2, 3])
     rows, steps_RZW = generated(model, prompts)
     torch.testing.assert_close(steps_RZW.flatten(0, 1), logits(model, with_answers(prompts, rows)), **CLOSE)
+
+
+@pytest.mark.parametrize("settings", [{"t2v_cache": "recompute"}, {"kv_latent": 8}, {"layers_per_kv": "all"}])
+def test_cached_decoding_of_normed_keys(settings):
+    model = tiny_model("qwen3", **settings)
+    prompts = prompts_for(BATCH, [1, 2, 3])
+    rows, steps_RZW = generated(model, prompts)
+    torch.testing.assert_close(steps_RZW.flatten(0, 1), logits(model, with_answers(prompts, rows)), **CLOSE)
+
+
+@pytest.mark.parametrize("settings", [{}, {"layers_per_kv": "all"}, {"kv_latent": 8}, {"share_kv": True}])
+def test_decoding_from_int8_stays_close_to_the_full_forward(settings):
+    model = tiny_model(t2v_cache="int8", **settings)
+    prompts = prompts_for(BATCH, [0, 1, 2, 3])
+    rows, steps_RZW = generated(model, prompts)
+    full_RZW = logits(model, with_answers(prompts, rows)).view_as(steps_RZW)
+    assert torch.equal(steps_RZW[:, 0], generated(tiny_model(**settings), prompts, count=1)[1][:, 0])  # the prompt's
+    error = ((steps_RZW - full_RZW)[:, 1:].square().mean() / full_RZW.square().mean()).sqrt()
+    assert 1e-6 < error < 0.01
+
+
+@pytest.mark.parametrize("settings", [{}, {"t2v_cache": "recompute"}, {"t2v_cache": "int8"}, {"kv_latent": 8}])
+def test_an_answer_right_after_a_visual(settings):
+    model, batch = tiny_model(**settings), tiny_batch([2, "=cat"], ["a", 1, "=dog"])
+    prompts = prompts_for(batch, [0, 1])
+    rows, steps_RZW = generated(model, prompts)
+    near = {"rtol": 0, "atol": 0.05} if settings.get("t2v_cache") == "int8" else CLOSE
+    torch.testing.assert_close(steps_RZW.flatten(0, 1), logits(model, with_answers(prompts, rows)), **near)
+
+
+@pytest.mark.parametrize(
+    ("settings", "per_token"),  # of 2 layers, 2 heads of 8 channels, single precision; source tokens are 32 or 16 wide
+    [
+        ({}, 2 * 2 * 16 * 4),
+        ({"share_kv": True}, 2 * 2 * 16 * 4),
+        ({"layers_per_kv": "all"}, 2 * 16 * 4),
+        ({"kv_latent": 8}, 2 * 8 * 4),
+        ({"kv_latent": 8, "layers_per_kv": 2}, 8 * 4),
+        ({"t2v_cache": "int8"}, 2 * 2 * (16 + 2 * 4)),
+        ({"t2v_cache": "int8", "kv_latent": 8, "layers_per_kv": "all"}, 8 + 4),
+        ({"t2v_cache": "recompute"}, 32 * 4),
+        ({"t2v_cache": "recompute", "key_source": "encoder"}, 16 * 4),
+        ({"t2v": False}, 0),
+    ],
+)
+def test_bytes_kept_per_source_token(settings, per_token):
+    model, kept = tiny_model(**settings), []
+    prompts = prompts_for(BATCH, [0, 2, 3])
+    stock = model.prompt
+
+    def prompt(*args, **kwargs):
+        made = stock(*args, **kwargs)
+        kept.append(made.context)
+        return made
+
+    model.prompt = prompt
+    generated(model, prompts, count=3)
+    assert kept[0].cache_bytes() == per_token * 16 * len(prompts.frames_FCHW)
+    assert len(kept[0].source_SE) * (settings.get("t2v_cache") != "recompute") == 0 and kept[0].shared == {}
 
 
 @arms
