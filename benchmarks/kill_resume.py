@@ -1,13 +1,16 @@
 """Kill runs at random moments and see whether what comes of them is what an undisturbed run gives, bit for bit.
 
-    python benchmarks/kill_resume.py --trials 12 --seed 0
+    python benchmarks/kill_resume.py --trials 16 --seed 0
     python benchmarks/kill_resume.py --trials 4 --arms ranks=2
 
 Each trial trains a small model on the probe set's clips for `--steps` steps, is killed (SIGKILL, all of its processes)
-one to three times, `--within` steps at most after the last start, and goes on by `resume=auto` each time. Compared with
-a run of the same settings that nobody killed: parameters, optimizer state, schedule, position in the data, final
-metrics and the samples of every step. Trials take turns among the arms: 1 process or 2 with FSDP2, 0 or 2 workers, rows
-packed or not, gradients accumulated or not. Epochs end every few steps, and checkpoints come every third one.
+one to three times in a row, and goes on by `resume=auto` each time. Kills come after a random batch, at most `--within`
+steps after the last start, and a third of them where an epoch ends; half of them at once, which with accumulation may
+be amid a step, half some tenths of a second later, which may be while a checkpoint is written. Compared with a run of
+the same settings that nobody killed: parameters, optimizer state, schedule, position in the data, final metrics and the
+samples of every step. Trials take turns among the arms, in an order drawn from the seed; 16 trials are all of them:
+1 process or 2 with FSDP2, 0 or 2 workers, rows packed or not, gradients accumulated or not. Checkpoints come every
+third step.
 
 Prints a line per trial and `N of N`; the exit code is 1 unless all are equal.
 """
@@ -43,6 +46,7 @@ SMALL = (
     "trainer.val_check_interval=8",
     "callbacks.checkpoints.every_n_steps=3",
     "callbacks.attention_picture=null",
+    "callbacks.prefill_cost=null",  # wall times, which are no part of the comparison
     "callbacks.progress=null",
     "logger.tensorboard=null",
 )
@@ -55,7 +59,7 @@ TIMES = ("train/seconds", "train/clips_per_s", "train/steps_per_s", "train/wait_
 
 
 def arms() -> dict[str, list[str]]:
-    """Name every combination and give its settings, the most different ones first."""
+    """Name every combination and give its settings."""
     groups = (PIECES, ROWS, WORKERS, RANKS)
     named = {" ".join(reversed(names)): names for names in itertools.product(*groups)}
     return {name: [word for g, n in zip(groups, names, strict=True) for word in g[n]] for name, names in named.items()}
@@ -72,34 +76,59 @@ def start(words: list[str], folder: Path) -> subprocess.Popen:
         )
 
 
-def steps_of(folder: Path) -> dict[tuple[int, int, int], list[str]]:
-    """Read the samples by (step, rank, piece); the last line of each is what counts."""
+def batches_of(folder: Path) -> dict[tuple[int, int, int], tuple[int, list[str]]]:
+    """Read epoch and samples by (step, piece of it, rank); the last line of each is what counts."""
     found = {}
     for path in sorted((folder / "steps").glob("rank-*.jsonl")):
         rank = int(path.stem.split("-")[1])
         for line in path.read_text().splitlines():
-            step, piece, keys = json.loads(line)
-            found[step, rank, piece] = keys
+            step, piece, epoch, keys = json.loads(line)
+            found[step, piece, rank] = epoch, keys
     return found
 
 
-def disturb(words: list[str], folder: Path, steps: int, within: int, dice: random.Random) -> list[int]:
-    """Run to the end, killing on the way; gives the step each kill came after."""
+def epoch_ends(folder: Path) -> list[tuple[int, int]]:
+    """Name the last (step, piece) of each epoch of a finished run."""
+    last = {epoch: place[:2] for place, (epoch, _) in sorted(batches_of(folder).items())}
+    return list(last.values())[:-1]
+
+
+def last_of(folder: Path) -> tuple[int, int]:
+    """Name the furthest (step, piece) that any process trained."""
+    return max((place[:2] for place in batches_of(folder)), default=(-1, 0))
+
+
+def disturb(words: list[str], folder: Path, beside: Path, within: int, dice: random.Random) -> list[str]:
+    """Run to the end, killing on the way.
+
+    Args:
+        words: settings.
+        folder: of the run.
+        beside: of the run that nobody disturbs, which is done.
+        within: most steps from where the run stands to its kill.
+        dice: says when.
+
+    Returns:
+        The "step.piece" that each kill came after.
+    """
     killed = []
+    places, ends = sorted({place[:2] for place in batches_of(beside)}), epoch_ends(beside)
     for _ in range(dice.randint(1, 3)):
-        last = max((step for step, _, _ in steps_of(folder)), default=-1)
-        goal, wait_s = last + dice.randint(1, within), dice.uniform(0, 0.4)
-        if goal >= steps:
+        last = last_of(folder)
+        ahead = [place for place in places[:-1] if last < place and place[0] <= last[0] + within]
+        at_end = [place for place in ends if place in ahead] if dice.random() < 1 / 3 else []
+        if not ahead:
             break
+        goal, wait_s = dice.choice(at_end or ahead), dice.choice((0.0, dice.uniform(0, 0.4)))
         process = start(words, folder)
-        while process.poll() is None and max((step for step, _, _ in steps_of(folder)), default=-1) < goal:
-            time.sleep(0.02)
+        while process.poll() is None and last_of(folder) < goal:
+            time.sleep(0.01)
         time.sleep(wait_s)
         if process.poll() is not None:
             break
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        killed.append(max(step for step, _, _ in steps_of(folder)))
+        killed.append(".".join(map(str, last_of(folder))))
     finish(words, folder)
     return killed
 
@@ -128,7 +157,7 @@ def outcome(folder: Path) -> dict[str, Any]:
     return {
         "checkpoint": state,
         "metrics": {name: value for name, value in metrics.items() if name not in TIMES},
-        "samples": {str(place): keys for place, keys in steps_of(folder).items()},
+        "samples": {str(place): keys for place, (_, keys) in batches_of(folder).items()},
     }
 
 
@@ -152,7 +181,7 @@ def different(one: Any, other: Any, where: str = "") -> list[str]:
 def main() -> None:
     """Do the trials."""
     parser = argparse.ArgumentParser(description="Kill, resume, compare.")
-    parser.add_argument("--trials", type=int, default=8)
+    parser.add_argument("--trials", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--within", type=int, default=12, help="most steps from a start to its kill")
@@ -161,10 +190,11 @@ def main() -> None:
     chosen = parser.parse_args()
     chosen.out.mkdir(parents=True, exist_ok=True)
     dice = random.Random(chosen.seed)
-    named = {name: words for name, words in arms().items() if set(chosen.arms) <= set(name.split())}
+    named = [(name, words) for name, words in arms().items() if set(chosen.arms) <= set(name.split())]
+    dice.shuffle(named)
     references: dict[str, dict[str, Any]] = {}
     equal = 0
-    for trial, (name, words) in zip(range(chosen.trials), itertools.cycle(named.items()), strict=False):
+    for trial, (name, words) in zip(range(chosen.trials), itertools.cycle(named), strict=False):
         words = [*words, f"trainer.max_steps={chosen.steps}", f"data.cache_dir={chosen.out.resolve() / 'cache'}"]
         folder = chosen.out.resolve() / f"trial-{trial}"
         for place in (folder, beside := folder.with_name("undisturbed-" + name.replace(" ", "-").replace("=", ""))):
@@ -174,11 +204,11 @@ def main() -> None:
         if name not in references:
             finish(words, beside)
             references[name] = outcome(beside)
-        killed = disturb(words, folder, chosen.steps, chosen.within, dice)
+        killed = disturb(words, folder, beside, chosen.within, dice)
         found = different(references[name], outcome(folder))
         equal += not found
         verdict = "equal" if not found else f"DIFFERENT in {len(found)} places, {found[0]} first"
-        print(f"{trial + 1:>3}  {name:<40} killed after steps {killed}: {verdict}", flush=True)
+        print(f"{trial + 1:>3}  {name:<40} killed after {', '.join(killed) or 'nothing':<16} {verdict}", flush=True)
     print(f"{equal} of {chosen.trials} runs that were killed are bit for bit the run that was not")
     sys.exit(equal != chosen.trials)
 

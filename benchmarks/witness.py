@@ -10,7 +10,7 @@ from lightning_crosslmm.batch import VideoBatch
 
 
 class Witness(lightning.Callback):
-    """Append a line to ``FOLDER/rank-R.jsonl`` after every batch: step, place within the step, sample keys.
+    """Append a line to ``FOLDER/rank-R.jsonl`` after every batch: step, place within it, epoch, sample keys.
 
     A run that goes on from a checkpoint trains some steps again; the last line of a step is the one that counts.
 
@@ -39,6 +39,6 @@ class Witness(lightning.Callback):
     ) -> None:
         """Write the line; one write, so that a killed process leaves whole lines."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        line = json.dumps([self._step, self._piece, list(batch.keys)]) + "\n"
+        line = json.dumps([self._step, self._piece, trainer.current_epoch, list(batch.keys)]) + "\n"
         with (self.folder / f"rank-{trainer.global_rank}.jsonl").open("a") as file:
             file.write(line)

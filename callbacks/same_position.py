@@ -1,7 +1,8 @@
-"""All ranks stand at the same place of the same data, or the run stops."""
+"""All ranks stand at the same place of the same data and write into the same folder, or the run stops."""
 
 import hashlib
 import json
+from pathlib import Path
 from typing import Any
 
 import lightning
@@ -21,7 +22,13 @@ class SamePosition(lightning.Callback):
         self._agreement = Agreement()
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Compare where training starts."""
+        """Compare where training starts, and the name of the run's folder, which each process was told by itself."""
+        names = self._agreement.gather(Path(trainer.default_root_dir).name)
+        if other := next((name for name in names if name != names[0]), None):
+            raise UserError(
+                f"run_dir: ranks would write into different folders, {names[0]} and {other}: the default holds the "
+                "time at which each process started; give them all one, run_dir=runs/NAME"
+            )
         self._compare(trainer)
 
     def on_save_checkpoint(

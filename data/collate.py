@@ -1,9 +1,11 @@
 """From samples to a batch: everything one after the other, boundaries beside it, no padding."""
 
 from collections.abc import Sequence
+from math import prod
 
 import torch
 from torch import Tensor
+from torch.utils.data import get_worker_info
 
 from data.stream import Sample
 from lightning_crosslmm.batch import IGNORED, Skipped, VideoBatch
@@ -36,7 +38,7 @@ def collate(items: Sequence[tuple[int, Sample | Skipped]], image_size: int) -> V
         for number in sample.text.answer
     ]
     return VideoBatch(
-        frames_FCHW=torch.cat([sample.frames_FCHW for sample in samples]),
+        frames_FCHW=_together([sample.frames_FCHW for sample in samples]),
         frame_time_s_F=torch.cat([sample.frame_time_s_F for sample in samples]),
         visual_offsets=_offsets(frames_per_visual),
         sample_of_visual=torch.tensor(sample_of_visual, dtype=torch.int64),
@@ -48,8 +50,22 @@ def collate(items: Sequence[tuple[int, Sample | Skipped]], image_size: int) -> V
         keys=tuple(sample.key for sample in samples),
         answer_kinds=tuple(kind for sample in samples for kind in sample.answer_kinds),
         questions=tuple(question for sample in samples for question in sample.questions),
+        answer_facts=tuple(facts for sample in samples for facts in sample.answer_facts),
         skipped=skipped,
+        picture_V4=torch.tensor(
+            [each for sample in samples for each in sample.pictures or ((0,) * 4,) * len(sample.frames_per_visual)],
+            dtype=torch.int64,
+        ).view(-1, 4),
     )
+
+
+def _together(parts_FCHW: Sequence[Tensor]) -> Tensor:
+    """Join frames; in a worker straight into memory that the training process maps, which saves a copy of them all."""
+    shape = (sum(map(len, parts_FCHW)), *parts_FCHW[0].shape[1:])
+    if get_worker_info() is None or prod(shape) == 0:
+        return torch.cat(list(parts_FCHW))
+    shared = torch.UntypedStorage._new_shared(prod(shape))
+    return torch.cat(list(parts_FCHW), out=torch.empty(0, dtype=torch.uint8).set_(shared, 0, shape))
 
 
 def _blank(image_size: int) -> Sample:

@@ -1,12 +1,13 @@
 """From an epoch's plan to batches: one DataLoader and its workers for all epochs."""
 
 import multiprocessing
+import os
 import signal
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from multiprocessing import resource_tracker
-from threading import Timer
+from threading import Thread, Timer
 from typing import Any
 
 import torch
@@ -126,6 +127,7 @@ class BatchLoader:
                 context.set_forkserver_preload([__name__])
             workers = {"prefetch_factor": self._prefetch_batches, "multiprocessing_context": context}
             workers["timeout"] = self._timeout_s or 0
+            workers["worker_init_fn"] = _end_with_training
         return DataLoader(
             self._items,
             batch_sampler=self._planned,
@@ -136,6 +138,13 @@ class BatchLoader:
             generator=torch.Generator(),  # starting an epoch draws a number, which dropout's stream must not miss
             **workers,
         )
+
+
+def _end_with_training(worker: int) -> None:
+    """Watch the training process from a worker: a fork server outlives one that was killed, and torch watches that."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def _through(loader: DataLoader) -> Iterator[VideoBatch | UserError]:

@@ -44,7 +44,7 @@ class VideoDataModule(LightningDataModule):
     Args:
         train: shards to train on: a folder, a tar, a brace pattern or a URL; or a list of those: in a row, or, with
             ``{shards: SPEC, weight: W}``, mixed in proportion to the weights. Each split is needed only where used.
-        val: shards to validate on; None validates nothing.
+        val: shards to validate on, without weights; None validates nothing.
         test: shards to test on.
         predict: shards to answer.
         sampling: which moments of a video become frames.
@@ -72,13 +72,13 @@ class VideoDataModule(LightningDataModule):
         *,
         sampling: FrameSampling,
         image_size: int,
-        tokenizer: str,
+        tokenizer: str | None,
         max_tokens: int,
         global_batch_size: int,
         train: Spec | Sequence[Spec] | None = None,
-        val: str | Path | None = None,
-        test: str | Path | None = None,
-        predict: str | Path | None = None,
+        val: Spec | Sequence[Spec] | None = None,
+        test: Spec | Sequence[Spec] | None = None,
+        predict: Spec | Sequence[Spec] | None = None,
         pack_tokens: int | None = None,
         bytes_per_token: float = 1.0,
         turns: str = "all",

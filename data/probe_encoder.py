@@ -10,7 +10,11 @@ Axis letters:
     F  pictures    H W C  pixel rows, pixel columns, channels    N  patches    E  encoder width
 """
 
-from dataclasses import dataclass
+import hashlib
+import json
+import logging
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,6 +24,9 @@ from torch.nn.functional import cross_entropy, interpolate
 from data.probe_scene import COLOURS, PLACES, SHAPES, render
 from lightning_crosslmm.encoder import Encoder
 from lightning_crosslmm.errors import UserError
+from lightning_crosslmm.run_folder import replacing
+
+log = logging.getLogger(__name__)
 
 _CLASSES = [len(SHAPES), len(COLOURS), len(PLACES)]
 
@@ -45,6 +52,40 @@ class EncoderFit:
                 f"data.encoder_fit.steps {self.steps} and batch_size {self.batch_size} must be 1 or more, "
                 f"lr {self.lr} above 0; data.encoder_fit=null leaves the encoder as it is"
             )
+
+
+def fit_encoder_once(
+    encoder: Encoder, fit: EncoderFit, picture_size: int, noise: float, seed: int, folder: Path
+) -> None:
+    """Fit the encoder as `fit_encoder` does, or take what a fit of the same encoder in the same way came to.
+
+    Args:
+        encoder: changed in place.
+        fit: see `fit_encoder`, as are the next three.
+        picture_size: pixels.
+        noise: share.
+        seed: any.
+        folder: where ``encoder-<hash>.pt`` is kept, named after everything that the fit depends on, fresh weights and
+            this code included. Processes that race write the same.
+    """
+    asked = (asdict(fit), picture_size, noise, seed, getattr(encoder, "identity", None), torch.__version__)
+    name = hashlib.sha256(json.dumps(asked, default=str).encode())
+    for source in (Path(__file__), Path(__file__).with_name("probe_scene.py")):
+        name.update(source.read_bytes())
+    for key, value in sorted(encoder.state_dict().items()):
+        name.update(key.encode() + value.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    path = folder / f"encoder-{name.hexdigest()[:16]}.pt"
+    is_kept = path.is_file()
+    if is_kept:
+        kept = torch.load(path, weights_only=True)
+        encoder.load_state_dict(kept["state_dict"])
+    else:
+        right = fit_encoder(encoder, fit, picture_size, noise, seed)
+        kept = {"state_dict": encoder.state_dict(), "right": right}
+        with replacing(path) as part:
+            torch.save(kept, part)
+    told = "encoder %s: names shape, colour and place of %.1f %% of single things"
+    log.info(told, f"taken from {path}" if is_kept else "fitted", 100 * kept["right"])
 
 
 def fit_encoder(encoder: Encoder, fit: EncoderFit, picture_size: int, noise: float, seed: int) -> float:

@@ -13,8 +13,8 @@ from torch.utils.data import Dataset
 from data.mixture import Mixture
 from data.order import SampleRef, drawn
 from data.turns import one_turn
-from lightning_crosslmm.batch import Skipped
-from lightning_crosslmm.conversation import MARK, Visual
+from lightning_crosslmm.batch import Skipped, picture
+from lightning_crosslmm.conversation import MARK, Facts, Visual
 from lightning_crosslmm.conversation_members import conversation_of
 from lightning_crosslmm.errors import UserError
 from lightning_crosslmm.shards import SampleEntry
@@ -35,6 +35,8 @@ class Sample:
         text: ids, labels and answer numbers.
         answer_kinds: the question type of each answer.
         questions: what each answer answers, without marks.
+        answer_facts: what the data tell of each answer.
+        pictures: as `VideoBatch.picture_V4` has them, a tuple for each visual.
     """
 
     key: str
@@ -44,6 +46,8 @@ class Sample:
     text: Text
     answer_kinds: tuple[str, ...]
     questions: tuple[str, ...]
+    answer_facts: tuple[Facts, ...] = ()
+    pictures: tuple[tuple[int, int, int, int], ...] = ()
 
 
 class DamagedSampleError(UserError):
@@ -133,17 +137,20 @@ class ClipDataset(Dataset[Sample]):
             self._read_visual(ref, number, visual, members[visual.path], f"{where}, member '{visual.path}'")
             for number, visual in enumerate(conversation.visuals)
         ]
-        no_frames_FCHW = torch.empty(0, 3, reading.image_size, reading.image_size, dtype=torch.uint8)
+        no_frames = Clip(torch.empty(0, 3, reading.image_size, reading.image_size, dtype=torch.uint8), torch.empty(0))
+        parts = clips if len(clips) == 1 else [no_frames, *clips]
         return Sample(
             key=entry.key,
-            frames_FCHW=torch.cat([no_frames_FCHW, *(clip.frames_FCHW for clip in clips)]),
-            frame_time_s_F=torch.cat([torch.empty(0), *(clip.frame_time_s_F for clip in clips)]),
+            frames_FCHW=_joined([clip.frames_FCHW for clip in parts]),
+            frame_time_s_F=_joined([clip.frame_time_s_F for clip in parts]),
             frames_per_visual=tuple(len(clip.frames_FCHW) for clip in clips),
             text=text,
             answer_kinds=conversation.answer_kinds,
             questions=tuple(
                 MARK.sub("", message.content).strip() for message in conversation.messages if message.role == "user"
             ),
+            answer_facts=conversation.answer_facts or ({},) * len(conversation.answer_kinds),
+            pictures=tuple(picture(visual.kind, reading.image_size) for visual in conversation.visuals),
         )
 
     def _read_visual(self, ref: SampleRef, number: int, visual: Visual, blob: bytes, where: str) -> Clip:
@@ -152,3 +159,8 @@ class ClipDataset(Dataset[Sample]):
             return read_image(blob, where, reading.image_size)
         offset = drawn(reading.seed, ref, f"offset {number}") if reading.shifts_frames else None
         return read_clip(blob, where, reading.sampling, reading.image_size, offset=offset, timeout_s=reading.timeout_s)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """Put tensors one after the other; one alone is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -23,4 +23,5 @@ def one_turn(conversation: Conversation, number: int) -> Conversation:
         (*system, question, turns[2 * number + 1]),
         conversation.visuals[:num_visuals],
         conversation.answer_kinds[number : number + 1],
+        conversation.answer_facts[number : number + 1],
     )

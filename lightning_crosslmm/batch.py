@@ -6,9 +6,9 @@ Axis letters:
     L  text tokens of all samples, marks included
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import NamedTuple, Self
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -50,7 +50,11 @@ class VideoBatch:
         keys: B sample keys, for messages and records; "" for a stand-in where no sample is left.
         answer_kinds: the question type of each answer, "" where the data names none.
         questions: what each answer answers, for pictures and records.
+        answer_facts: texts and numbers that the data tell of each answer, for metrics: its ``item``, its ``depth``.
         skipped: samples that should be here and are damaged.
+        picture_V4: (V, 4) int64: of an image its height and width in pixels, before it was resized, and the rows and
+            columns of the tiles that its frames show after the first, which shows the whole (0 0 for none); of a video
+            four zeros. None where nobody told: then an image is a video of one frame.
     """
 
     frames_FCHW: Tensor
@@ -65,7 +69,15 @@ class VideoBatch:
     keys: tuple[str, ...]
     answer_kinds: tuple[str, ...]
     questions: tuple[str, ...]
+    answer_facts: tuple[Mapping[str, str | float], ...] = ()
     skipped: tuple[Skipped, ...] = ()
+    picture_V4: Tensor | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Travel between processes with frames in shared memory and the rest by value: a shared file costs more."""
+        values = [getattr(self, field.name) for field in fields(self)]
+        light = [value.numpy() if isinstance(value, Tensor) and n else value for n, value in enumerate(values)]
+        return _arrived, (type(self), light)
 
     @property
     def num_samples(self) -> int:
@@ -114,6 +126,26 @@ class VideoBatch:
             raise ValueError(f"{who}: a sample's first token is a label, and nothing stands before it to predict it")
         if (self.sample_of_visual.diff() < 0).any():
             raise ValueError(f"{who}: sample_of_visual decreases: {self.sample_of_visual.tolist()}")
+        if self.picture_V4 is not None:
+            frames_V, tiles_V = self.visual_offsets.diff(), self.picture_V4[:, 2:].prod(dim=1)
+            if len(tiles_V) != len(frames_V):
+                raise ValueError(f"{who}: {len(tiles_V)} pictures for {len(frames_V)} visuals")
+            if ((self.picture_V4[:, 0] > 0) & (frames_V != 1 + tiles_V)).any():
+                raise ValueError(f"{who}: {frames_V.tolist()} frames for images of 1 + {tiles_V.tolist()} tiles")
+
+
+def _arrived(kind: Any, values: list[Any]) -> VideoBatch:
+    return kind(*(torch.from_numpy(value) if hasattr(value, "__array_interface__") else value for value in values))
+
+
+def picture(kind: str, image_size: int) -> tuple[int, int, int, int]:
+    """Give a visual's entry in `VideoBatch.picture_V4`, that of an image as a square without tiles.
+
+    Args:
+        kind: ``image`` or ``video``.
+        image_size: height and width of its frame in pixels.
+    """
+    return (image_size, image_size, 0, 0) if kind == "image" else (0, 0, 0, 0)
 
 
 def prompts_for(batch: VideoBatch, answers: Sequence[int]) -> VideoBatch:
@@ -130,6 +162,7 @@ def prompts_for(batch: VideoBatch, answers: Sequence[int]) -> VideoBatch:
     """
     sample_L = torch.repeat_interleave(torch.arange(batch.num_samples), batch.text_offsets.diff())
     ids, earlier, frames, times, frames_per_visual, sample_of_visual, keys = [], [], [], [], [], [], []
+    visuals: list[int] = []
     for number, answer in enumerate(answers):
         end = int((batch.answer_L == answer).nonzero()[0])
         sample = int(sample_L[end])
@@ -142,6 +175,7 @@ def prompts_for(batch: VideoBatch, answers: Sequence[int]) -> VideoBatch:
             times.append(batch.frame_time_s_F[of_visual])
             frames_per_visual.append(len(frames[-1]))
             sample_of_visual.append(number)
+            visuals.append(visual)
         keys.append(batch.keys[sample])
     ids_L = torch.cat(ids)
     return VideoBatch(
@@ -157,6 +191,7 @@ def prompts_for(batch: VideoBatch, answers: Sequence[int]) -> VideoBatch:
         keys=tuple(keys),
         answer_kinds=(),
         questions=(),
+        picture_V4=None if batch.picture_V4 is None else batch.picture_V4[visuals],
     )
 
 

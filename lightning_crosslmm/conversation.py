@@ -6,7 +6,9 @@ question mark the place of a visual; each mark takes the next visual of its kind
 """
 
 import json
+import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, Self
@@ -15,6 +17,8 @@ from lightning_crosslmm.errors import UserError
 
 KINDS = ("video", "image")
 MARK = re.compile("<(video|image)>")
+Facts = Mapping[str, str | float]
+"""What the data know of an answer and metrics may ask: ``item`` (one question in several guises), ``depth``."""
 
 
 @dataclass(frozen=True)
@@ -42,12 +46,14 @@ class Conversation:
         messages: an optional system message, then ``user`` and ``assistant`` in turn.
         visuals: in the order of their marks.
         answer_kinds: the question type of each answer, "" where the data names none.
+        answer_facts: texts and numbers about each answer; or none at all.
     """
 
     key: str
     messages: tuple[Message, ...]
     visuals: tuple[Visual, ...]
     answer_kinds: tuple[str, ...]
+    answer_facts: tuple[Facts, ...] = ()
 
     @property
     def members(self) -> tuple[str, ...]:
@@ -61,6 +67,8 @@ class Conversation:
             "visuals": [{"kind": v.kind, "member": m} for v, m in zip(self.visuals, self.members, strict=True)],
             "answer_kinds": list(self.answer_kinds),
         }
+        if any(self.answer_facts):
+            record["answer_facts"] = [dict(facts) for facts in self.answer_facts]
         return json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode()
 
     @classmethod
@@ -82,8 +90,12 @@ class Conversation:
     def from_record(cls, record: Any, where: str, key: str) -> Self:
         """Read the same from parsed JSON; ``where`` names the sample, too."""
         fields = {"messages": {"role", "content"}, "visuals": {"kind", "member"}}
-        if not isinstance(record, dict) or set(record) != {*fields, "answer_kinds"}:
-            raise UserError(f"{where}: its JSON must have messages, visuals, answer_kinds only, got {record!r:.200}")
+        needed = {*fields, "answer_kinds"}
+        if not isinstance(record, dict) or set(record) - {"answer_facts"} != needed:
+            raise UserError(
+                f"{where}: its JSON must have messages, visuals, answer_kinds and at most answer_facts beside them, "
+                f"got {record!r:.200}"
+            )
         for field, names in fields.items():
             for item in check_list(record[field], f"{where}: '{field}'"):
                 strings = isinstance(item, dict) and all(isinstance(value, str) for value in item.values())
@@ -92,7 +104,9 @@ class Conversation:
         kinds = check_list(record["answer_kinds"], f"{where}: 'answer_kinds'")
         messages = tuple(Message(**item) for item in record["messages"])
         visuals = tuple(Visual(v["kind"], check_path(v["member"], f"{where}: a member")) for v in record["visuals"])
-        conversation = cls(key, messages, visuals, check_kinds(kinds, check_turns(messages, where), where))
+        num_answers = check_turns(messages, where)
+        facts = check_facts(record.get("answer_facts", []), num_answers, where)
+        conversation = cls(key, messages, visuals, check_kinds(kinds, num_answers, where), facts)
         marks = [kind for message in messages for kind in MARK.findall(message.content)]
         if marks != [visual.kind for visual in visuals]:
             raise UserError(f"{where}: the text marks {marks}, but the visuals are {[v.kind for v in visuals]}")
@@ -151,3 +165,19 @@ def check_kinds(kinds: list[Any], num_answers: int, where: str) -> tuple[str, ..
     if len(kinds) != num_answers or not all(isinstance(kind, str) for kind in kinds):
         raise UserError(f"{where}: needs {num_answers} question type(s), a text per answer, got {kinds!r:.200}")
     return tuple(kinds)
+
+
+def check_facts(facts: Any, num_answers: int, where: str) -> tuple[Facts, ...]:
+    """Give back the facts of each answer, or none, or tell that they are neither."""
+    values = [
+        value
+        for fact in check_list(facts, f"{where}: 'answer_facts'")
+        for value in (fact.values() if isinstance(fact, dict) else [None])
+    ]
+    good = all(isinstance(value, str) or (isinstance(value, int | float) and math.isfinite(value)) for value in values)
+    if not good or len(facts) not in (0, num_answers):
+        raise UserError(
+            f"{where}: 'answer_facts' must hold texts and numbers by name for each of {num_answers} answer(s), "
+            f"got {facts!r:.200}"
+        )
+    return tuple(facts)

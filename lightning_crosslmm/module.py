@@ -4,13 +4,14 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import lightning
 import torch
+from lightning.pytorch.plugins.precision import HalfPrecision
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
 from lightning_crosslmm.batch import VideoBatch, blank_prompt, prompts_for
 from lightning_crosslmm.decoding import Decoding
 from lightning_crosslmm.errors import UserError
-from lightning_crosslmm.looks import Look, attention_maps
+from lightning_crosslmm.looks import Look, sights
 from lightning_crosslmm.metrics import AnswerAccuracy, answers_right
 from lightning_crosslmm.model import CrossLMM
 from lightning_crosslmm.objective import answer_loss
@@ -53,6 +54,18 @@ class CrossLMMModule(lightning.LightningModule):
         self._answer_tokens = 0
         # pretrained parts come in evaluation mode, where nothing is checkpointed, and Lightning would keep it
         self.train()
+
+    def setup(self, stage: str) -> None:
+        """Refuse a precision that turns batches into half precision, and times with them.
+
+        Raises:
+            UserError: names the precisions that are right.
+        """
+        if isinstance(self.trainer.precision_plugin, HalfPrecision):
+            raise UserError(
+                f"trainer.precision: {self.trainer.precision} stores weights in half precision, which trainer=fsdp "
+                "alone does here (with bf16-true); elsewhere bf16-mixed and 32-true are right"
+            )
 
     def configure_model(self) -> None:
         """Share the model's weights out where the strategy has a mesh of processes for it; called once they run."""
@@ -107,20 +120,21 @@ class CrossLMMModule(lightning.LightningModule):
                 parameter.grad.mul_(scale)
         self._answer_tokens = 0
 
-    def validation_step(self, batch: VideoBatch, batch_index: int) -> None:
-        """Count right answers of one validation batch."""
-        self._measure(batch, "val", self.val_accuracy)
+    def validation_step(self, batch: VideoBatch, batch_index: int) -> dict[str, Tensor]:
+        """Count right answers of one validation batch, and give them as ``right_Z`` to callbacks."""
+        return self._measure(batch, "val", self.val_accuracy)
 
-    def test_step(self, batch: VideoBatch, batch_index: int) -> None:
-        """Count right answers of one test batch."""
-        self._measure(batch, "test", self.test_accuracy)
+    def test_step(self, batch: VideoBatch, batch_index: int) -> dict[str, Tensor]:
+        """Count right answers of one test batch, and give them as ``right_Z`` to callbacks."""
+        return self._measure(batch, "test", self.test_accuracy)
 
-    def _measure(self, batch: VideoBatch, stage: str, accuracy: AnswerAccuracy) -> None:
+    def _measure(self, batch: VideoBatch, stage: str, accuracy: AnswerAccuracy) -> dict[str, Tensor]:
         output = self.model(batch)
         loss = answer_loss(output.logits_YW, output.target_Y)
         right_Z = answers_right(output.logits_YW, output.target_Y, output.answer_Y, len(batch.answer_kinds))
-        accuracy.count(right_Z, batch.answer_kinds)
+        accuracy.count(right_Z, batch.answer_kinds, batch.answer_facts)
         self.log(f"{stage}/loss", loss, batch_size=len(output.target_Y), on_epoch=True, sync_dist=True)
+        return {"right_Z": right_Z}
 
     def on_validation_epoch_end(self) -> None:
         """Log accuracy over all ranks."""
@@ -158,12 +172,12 @@ class CrossLMMModule(lightning.LightningModule):
         if self._calls(len(chosen), limit) == 0:
             return []
         prompts = prompts_for(batch, chosen) if chosen else blank_prompt(batch)
-        maps, said = attention_maps(self.model, prompts), list(self._answered(batch, chosen))
+        seen, said = sights(self.model, prompts), list(self._answered(batch, chosen))
         offsets = prompts.visual_offsets[torch.searchsorted(prompts.sample_of_visual, torch.arange(len(chosen) + 1))]
-        frames = prompts.frames_FCHW.tensor_split(offsets[1:-1])
+        frames, times = (each.tensor_split(offsets[1:-1]) for each in (prompts.frames_FCHW, prompts.frame_time_s_F))
         return [
-            Look(*answered, frames_FCHW, found.get("v2v"), found.get("t2v"))
-            for answered, frames_FCHW, found in zip(said, frames, maps, strict=bool(chosen))
+            Look(*answered, frames_FCHW, sight.mean("v2v"), sight.mean("t2v"), time_s_F, sight)
+            for answered, frames_FCHW, time_s_F, sight in zip(said, frames, times, seen, strict=bool(chosen))
         ]
 
     @torch.no_grad()

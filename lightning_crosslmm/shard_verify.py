@@ -172,12 +172,11 @@ def _check_index(path: Path, num_bytes: int, record: ShardRecord | None, report:
     except UserError as error:
         report("", str(error))
         return None
-    for what, is_so, should_be in (
-        ("shard", path.name, index.shard),
-        ("bytes", num_bytes, index.num_bytes),
-    ):
-        if is_so != should_be:
-            report("", f"{path}: its index is of another {what}: {should_be}, but it is {is_so}")
+    if index.shard != path.name:
+        report("", f"{path}: its index was made of '{index.shard}'")
+    if index.num_bytes != num_bytes:
+        what = f"has {num_bytes} bytes, but its index was made of {index.num_bytes}"
+        report("", f"{path}: {what}: it was cut off or written later")
     if record is not None and record != ShardRecord.of(index):
         report("", f"{beside}: is not the index that {MANIFEST} names ({record.index_sha256[:12]}...)")
     return index

@@ -87,3 +87,16 @@ def test_a_blank_prompt_is_a_batch_that_asks_nothing():
     blank.validate()
     assert len(blank.ids_L) == 1 and len(blank.frames_FCHW) == 0 and blank.frames_FCHW.dtype == torch.uint8
     assert blank.answer_kinds == () and (blank.labels_L == IGNORED).all()
+
+
+def test_pictures_are_counted_and_go_with_their_visuals():
+    batch = tiny_batch(["see", 3, "and", 1, "?", "=a"], [2, "?", "=b"])
+    pictures = torch.tensor([[30, 40, 1, 2], [9, 9, 0, 0], [0, 0, 0, 0]])
+    told = replace(batch, picture_V4=pictures)
+    told.validate()
+    assert prompts_for(told, [1]).picture_V4.tolist() == [[0, 0, 0, 0]]
+    assert prompts_for(told, [1, 0]).picture_V4.tolist() == [[0, 0, 0, 0], [30, 40, 1, 2], [9, 9, 0, 0]]
+    with pytest.raises(ValueError, match="2 pictures for 3 visuals"):
+        replace(batch, picture_V4=pictures[:2]).validate()
+    with pytest.raises(ValueError, match=r"\[3, 1, 2\] frames for images of 1 \+ \[4, 0, 0\] tiles"):
+        replace(batch, picture_V4=pictures * torch.tensor([1, 1, 2, 1])).validate()

@@ -71,6 +71,15 @@ def test_canonical_json_returns_the_same_conversation(tmp_path):
     assert again.to_json() == data
 
 
+def test_facts_about_answers_are_kept_and_written_only_where_there_are_some():
+    said = (Message("user", "?"), Message("assistant", "b"), Message("user", "?"), Message("assistant", "c"))
+    plain = Conversation("a", said, (), ("", ""))
+    told = Conversation("a", said, (), ("", ""), ({"item": "x", "depth": 0.5}, {}))
+    assert b"answer_facts" not in plain.to_json()
+    assert Conversation("a", said, (), ("", ""), ({}, {})).to_json() == plain.to_json()
+    assert Conversation.from_json(told.to_json(), "shard", "a") == told
+
+
 def swap(turn, **fields):
     return [{**t, **fields} if i == turn else t for i, t in enumerate(TURNS)]
 
@@ -154,7 +163,7 @@ def test_ids_that_clash_are_named(tmp_path, second, said):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"more": 1}, "only"),
+        ({"more": 1}, "at most answer_facts beside them"),
         ({"visuals": []}, r"marks \['video'\]"),
         ({"visuals": [{"kind": "video", "member": "1.mp4"}]}, r"must be \['0\.mp4'\]"),
         ({"visuals": [{"kind": "video", "member": "../0.mp4"}]}, r"must be \['0\.mp4'\]"),
@@ -164,6 +173,11 @@ def test_ids_that_clash_are_named(tmp_path, second, said):
         ({"messages": [{"role": "robot", "content": "x"}]}, "no answer"),
         ({"messages": 3}, "must be a list"),
         ({"answer_kinds": []}, "1 question type"),
+        ({"answer_facts": [{}, {}]}, r"for each of 1 answer\(s\), got \[\{\}, \{\}\]"),
+        ({"answer_facts": {"depth": 1}}, "'answer_facts' must be a list"),
+        ({"answer_facts": ["deep"]}, "must hold texts and numbers by name"),
+        ({"answer_facts": [{"depth": [1]}]}, "must hold texts and numbers by name"),
+        ({"answer_facts": [{"depth": float("nan")}]}, "must hold texts and numbers by name"),
     ],
 )
 def test_json_of_a_shard_is_checked(change, said):

@@ -3,7 +3,8 @@ import torch
 
 from lightning_crosslmm.batch import prompts_for
 from lightning_crosslmm.decoding import Greedy
-from lightning_crosslmm.metrics import AnswerAccuracy, answers_right
+from lightning_crosslmm.metrics import AnswerAccuracy, CircularAccuracy, answers_right
+from tests.ranks import on_ranks
 from tests.tiny import END, TOKENIZER, tiny_batch, tiny_model
 
 
@@ -76,3 +77,70 @@ def test_a_reset_forgets():
     accuracy.count(torch.tensor([True]), ("count",))
     accuracy.reset()
     assert accuracy.seen() == {}
+
+
+def circled(accuracy, *answers):
+    """Count (item, kind, right) answers."""
+    items, kinds, right = zip(*answers, strict=True)
+    accuracy.count(torch.tensor(right), kinds, tuple({"item": item} if item else {} for item in items))
+
+
+def test_an_item_is_right_when_it_is_every_time():
+    accuracy = AnswerAccuracy(["order", "count", "unused"])
+    circled(accuracy, ("a", "order", True), ("b", "order", True), (None, "order", True), ("c", "count", False))
+    circled(accuracy, ("a", "order", True), ("b", "order", False), ("d", "order", False))  # in other batches
+    seen = {name: round(value.item(), 4) for name, value in accuracy.seen().items()}
+    assert seen == {
+        "accuracy": round(4 / 7, 4),
+        "accuracy/order": round(4 / 6, 4),
+        "accuracy/count": 0,
+        "circular/order": round(1 / 3, 4),
+        "circular/count": 0,
+    }
+    accuracy.reset()
+    circled(accuracy, ("b", "order", True))
+    assert accuracy.seen()["circular/order"] == 1
+
+
+def test_who_always_says_the_same_letter_gets_a_quarter_and_no_item():
+    accuracy = AnswerAccuracy(["order"])
+    for shift in range(4):
+        circled(accuracy, *((item, "order", (shift + number) % 4 == 0) for number, item in enumerate("abcdefgh")))
+    assert (accuracy.seen()["accuracy"], accuracy.seen()["circular/order"]) == (0.25, 0)
+
+
+def test_types_that_nobody_named_and_answers_without_facts_make_no_item():
+    accuracy = AnswerAccuracy(["order"])
+    circled(accuracy, ("a", "surprise", True), ("b", "", True))
+    accuracy.count(torch.tensor([True]), ("order",))
+    assert not any(name.startswith("circular") for name in accuracy.seen())
+
+
+def apart():
+    """Two ranks: an item with an answer on each, a type that one rank alone sees, and at first nothing at all."""
+    rank = torch.distributed.get_rank()
+    accuracy = CircularAccuracy(["order", "count"])
+    before = accuracy.compute()
+    accuracy.reset()
+    if rank == 0:
+        answers = [("a", "order", True), ("b", "order", True), ("c", "count", True)]
+    else:
+        answers = [("a", "order", False), ("b", "order", True)]
+    items, kinds, right = zip(*answers, strict=True)
+    accuracy.update(torch.tensor(right), kinds, tuple({"item": item} for item in items))
+    both = accuracy.compute()
+    accuracy.reset()
+    if rank == 0:
+        accuracy.update(torch.tensor([True]), ("count",), ({"item": "z"},))
+    return before, both, accuracy.compute()
+
+
+def grouped():
+    torch.distributed.init_process_group("gloo")
+    return apart()
+
+
+@pytest.mark.filterwarnings("ignore:The ``compute`` method of metric")
+def test_items_come_together_across_ranks(tmp_path):
+    for before, both, alone in on_ranks(2, grouped, folder=tmp_path):
+        assert before == {} and both == {"order": 0.5, "count": 1.0} and alone == {"count": 1.0}

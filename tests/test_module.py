@@ -180,3 +180,9 @@ def test_looks_without_a_branch():
 def test_a_run_without_an_end_is_refused():
     with pytest.raises(UserError, match="trainer.max_steps is -1; the schedule needs a number"):
         trainer_of(-1, max_epochs=1).fit(module_of(), loader(BATCH))
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
+def test_half_precision_that_would_round_frame_times_is_refused(precision):
+    with pytest.raises(UserError, match=f"trainer.precision: {precision} stores weights in half precision"):
+        trainer_of(1, max_epochs=-1, precision=precision).fit(module_of(), loader(BATCH))

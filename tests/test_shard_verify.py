@@ -78,7 +78,7 @@ def test_a_cut_names_every_lost_member(shard, number, beyond, lost):
     named = [message for _, message in findings if "is cut off, the tar ends at" in message]
     assert [message.split("'")[1] + "." + message.split("'")[3] for message in named] == lost
     assert any(f"is cut off {what}" in message for _, message in findings for what in ("inside", "(the"))
-    assert any("its index is of another bytes" in message for _, message in findings)
+    assert any("bytes, but its index was made of" in message for _, message in findings)
 
 
 def test_damaged_headers_are_named_and_those_behind_them_are_read(shard):
@@ -109,7 +109,7 @@ def test_the_same_size_with_another_content_is_found_here_and_on_reading(shard):
 def test_an_index_older_than_its_shard_is_told(shard):
     write_tar(shard, [("k0.json", LLAVA), ("k0.mp4", CLIP + b"x" * BLOCK), ("k1.json", LLAVA), ("k1.mp4", CLIP)])
     messages = dict(found(shard))
-    assert "its index is of another bytes" in messages[""]
+    assert "bytes, but its index was made of" in messages[""]
     assert f"lies at byte 1536 with {len(CLIP) + BLOCK}, the index says byte 1536 with {len(CLIP)}" in messages["k0"]
     assert "k3" in messages
     with pytest.raises(UserError, match="delete the index"):

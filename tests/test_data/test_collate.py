@@ -23,6 +23,7 @@ def sample(key, frames_per_visual, num_answers):
         text=Text(ids, labels, answer),
         answer_kinds=tuple(f"{key}{number}" for number in range(num_answers)),
         questions=tuple(f"{key}{number}?" for number in range(num_answers)),
+        answer_facts=tuple({"item": f"{key}{number}"} for number in range(num_answers)),
     )
 
 
@@ -46,6 +47,7 @@ def test_labels_point_at_the_batchs_answers():
     batch = collate(APART, 4)
     assert batch.answer_kinds == ("a0", "a1", "b0", "c0")
     assert batch.questions == ("a0?", "a1?", "b0?", "c0?")
+    assert batch.answer_facts == ({"item": "a0"}, {"item": "a1"}, {"item": "b0"}, {"item": "c0"})
     assert batch.answer_L[batch.answer_L >= 0].tolist() == [0, 1, 2, 3]
     assert torch.equal(batch.answer_L >= 0, batch.labels_L != IGNORED)
 

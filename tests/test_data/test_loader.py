@@ -1,10 +1,12 @@
 """Loader: the same batches for every number and kind of workers, and trouble in them as one message."""
 
+import multiprocessing
 import os
 import signal
 import time
 from functools import partial
 
+import psutil
 import pytest
 import torch
 
@@ -119,6 +121,23 @@ def test_a_worker_that_does_not_come_back_names_what_it_read(shard_folder, kind)
     loader = loader_of(shard_folder, 1, dataset=dataset, start="fork", timeout_s=3)
     with pytest.raises(UserError, match=r"no batch came \(.* was read: .*data.sample_timeout_s"):
         list(loader)
+
+
+def _training(folder, told):
+    loader = loader_of(folder, 1)
+    next(iter(loader))
+    told.send([worker.pid for worker in loader._loader._iterator._workers])
+    time.sleep(600)
+
+
+def test_workers_end_with_a_training_that_is_killed(shard_folder):
+    told, tells = multiprocessing.Pipe()
+    training = multiprocessing.get_context("spawn").Process(target=_training, args=(shard_folder, tells))
+    training.start()
+    workers = [psutil.Process(pid) for pid in told.recv()]
+    training.kill()
+    training.join()
+    assert workers and not psutil.wait_procs(workers, timeout=30)[1]
 
 
 def test_the_plan_is_asked_for_with_the_first_batch(shard_folder):

@@ -215,17 +215,18 @@ def test_no_validation_shards_mean_no_validation(text_folder):
 
 
 @pytest.mark.parametrize("world", [2, 4])
-def test_ranks_read_parts_of_the_same_batches(text_folder, world):
-    parts = []
+@pytest.mark.parametrize("shards", ["", "shard-000000.tar"], ids=["five-shards", "fewer-than-ranks"])
+def test_ranks_read_parts_of_the_same_batches(text_folder, world, shards):
+    folder, parts = text_folder / shards, []
     for rank in range(world):
-        data = data_of(text_folder)
+        data = data_of(folder)
         ranks = {"rank": rank, "num_replicas": world}
         data.trainer = types.SimpleNamespace(
             distributed_sampler_kwargs=ranks, accumulate_grad_batches=1, overfit_batches=0
         )
         data.setup("fit")
         parts.append(list(data._train_plan(data._beginning(epoch=1))))
-    alone = data_of(text_folder)
+    alone = data_of(folder)
     alone.setup("fit")
     whole = list(alone._train_plan(alone._beginning(epoch=1)))
     read = [sorted(planned.ref for batch in batches for planned in batch) for batches in zip(*parts, strict=True)]

@@ -26,9 +26,10 @@ SAID = (
     ],
 )
 def test_earlier_marks_stay_and_later_visuals_go(system, number, question, answer, num_visuals):
-    whole = Conversation("s", (*system, *SAID), VISUALS, ("what", "sure", "now"))
+    facts = ({"item": "a"}, {"item": "b"}, {"item": "c"})
+    whole = Conversation("s", (*system, *SAID), VISUALS, ("what", "sure", "now"), facts)
     asked = one_turn(whole, number)
     assert asked.messages == (*system, Message("user", question), Message("assistant", answer))
     assert asked.visuals == VISUALS[:num_visuals] and asked.key == "s"
-    assert asked.answer_kinds == (whole.answer_kinds[number],)
+    assert (asked.answer_kinds, asked.answer_facts) == ((whole.answer_kinds[number],), (facts[number],))
     assert Conversation.from_json(asked.to_json(), "shard", "s") == asked
