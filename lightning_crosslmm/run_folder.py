@@ -98,12 +98,12 @@ def choose_checkpoint(
         run_dir: folder of the run.
         resume: checkpoint or run folder whose training goes on; only for ``fit``. ``auto`` goes on with ``run_dir``'s
             own if it has a checkpoint, and starts anew if not; ``init_from`` is for the start then.
-        init_from: weights to start a new training from; only for ``fit``.
+        init_from: weights to start a new training from, or to measure as they are.
         ckpt: checkpoint or run folder to measure; for ``validate``, ``test`` and ``predict``. Without it ``run_dir``'s
             own is taken, the best one before the last one.
 
     Returns:
-        The checkpoint, or None for a training from the start and for a description.
+        The checkpoint, or None for a training from the start, for `init_from`'s weights, and for a description.
 
     Raises:
         UserError: an unknown mode, settings of another mode, a missing checkpoint, or a folder that holds a training
@@ -122,9 +122,14 @@ def choose_checkpoint(
                 raise UserError(f"{name}={value}: mode=calibrate does not read it; use init_from=PATH for weights")
         return None
     if mode != "fit":
-        for name, value in (("resume", resume), ("init_from", init_from)):
-            if value is not None:
-                raise UserError(f"{name}={value}: only mode=fit reads it, this is mode={mode}; use ckpt=PATH instead")
+        if resume is not None:
+            raise UserError(f"resume={resume}: only mode=fit reads it, this is mode={mode}; use ckpt=PATH instead")
+        if init_from is not None:
+            if ckpt is not None:
+                raise UserError(
+                    f"ckpt={ckpt} and init_from={init_from}: there is one model to measure; give one of them"
+                )
+            return None
         return find_checkpoint(Path(ckpt or run_dir), "ckpt" if ckpt else "run_dir", ("best", "last"))
     if ckpt is not None:
         raise UserError(f"ckpt={ckpt}: mode=fit does not read it; use resume=PATH to go on, init_from=PATH for weights")

@@ -9,9 +9,7 @@ import re
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
-from typing import Protocol
 
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
@@ -20,6 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from lightning_crosslmm.batch import IGNORED, VISUAL_MARK
+from lightning_crosslmm.chat_template import MARK, Turns, split_turns, template_ids
 from lightning_crosslmm.errors import UserError
 
 BYTE_VOCAB_SIZE = 261
@@ -30,32 +29,6 @@ _BYTE_TEMPLATE = (
     "{% for message in messages %}{{ '<|' + message.role + '|>' + message.content + '<|end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-_MARK = re.compile("<video>|<image>")
-_PLACEHOLDER = re.compile("\ue000([0-9]+)\ue001")
-
-
-class Turn(Protocol):
-    """One message: who speaks (``system``, ``user`` or ``assistant``) and what."""
-
-    @property
-    def role(self) -> str:
-        """Who speaks."""
-
-    @property
-    def content(self) -> str:
-        """What is said."""
-
-
-class Turns(Protocol):
-    """What is read of a conversation."""
-
-    @property
-    def key(self) -> str:
-        """Name of the sample."""
-
-    @property
-    def messages(self) -> Sequence[Turn]:
-        """Its messages in order."""
 
 
 @dataclass(frozen=True)
@@ -73,12 +46,12 @@ class Text:
     answer: list[int]
 
 
-def load_tokenizer(name: str) -> Tokenizer:
+def load_tokenizer(name: str | None) -> Tokenizer:
     """Load a tokenizer.
 
     Args:
         name: ``byte`` for the one built here, ``byte:red,blue`` for the same with whole words beside the bytes, a local
-            folder, or the hub's ``organisation/name``.
+            folder, or the hub's ``organisation/name``. None is nothing yet: what ``init_from`` would have named.
 
     Returns:
         The tokenizer; no code that comes with it is run.
@@ -86,6 +59,8 @@ def load_tokenizer(name: str) -> Tokenizer:
     Raises:
         UserError: nothing of that name can be loaded.
     """
+    if name is None:
+        raise UserError("llm.tokenizer is not set; give init_from=FOLDER, which has one, or llm.tokenizer=FOLDER")
     if name.partition(":")[0] == "byte":
         return _byte_tokenizer(tuple(filter(None, name.partition(":")[2].split(","))))
     is_folder = Path(name).is_dir()
@@ -118,13 +93,13 @@ def tokenise(conversation: Turns, tokenizer: Tokenizer, max_tokens: int, add_ans
         UserError: the text is too long, an answer holds a mark, or the chat template is absent, refuses the order of
             roles, changes earlier turns or never ends an answer.
     """
-    roles = tuple(message.role for message in conversation.messages)
-    between = _template_ids(tokenizer, tokenizer.chat_template, roles + ("assistant",) * add_answer_prompt)
+    roles, contents = split_turns(tokenizer, conversation)
+    between = template_ids(tokenizer, tokenizer.chat_template, roles + ("assistant",) * add_answer_prompt)
     special = _special_ids(tokenizer)
     ids, labels, answer = list(between[0]), [IGNORED] * len(between[0]), [-1] * len(between[0])
     num_answers = 0
     for number, message in enumerate(conversation.messages):
-        said, after = _content_ids(tokenizer, message.content.strip()), between[number + 1]
+        said, after = _content_ids(tokenizer, contents[number]), between[number + 1]
         num_labels = 0
         if message.role == "assistant":
             if VISUAL_MARK in said:
@@ -158,7 +133,7 @@ def template_tokens(tokenizer: Tokenizer, num_answers: int) -> int:
     counts, turns = [], ("user", "assistant") * num_answers
     for system in (), ("system",):
         with suppress(UserError) if system else nullcontext():
-            counts.append(sum(map(len, _template_ids(tokenizer, tokenizer.chat_template, (*system, *turns)))))
+            counts.append(sum(map(len, template_ids(tokenizer, tokenizer.chat_template, (*system, *turns)))))
     return max(counts)
 
 
@@ -168,7 +143,7 @@ def end_of_turn_id(tokenizer: Tokenizer) -> int:
     Raises:
         UserError: the template puts no special token after an answer.
     """
-    after = _template_ids(tokenizer, tokenizer.chat_template, ("user", "assistant"))[-1]
+    after = template_ids(tokenizer, tokenizer.chat_template, ("user", "assistant"))[-1]
     return after[_turn_end(tokenizer, after, _special_ids(tokenizer))]
 
 
@@ -223,48 +198,10 @@ def _byte_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
 def _content_ids(tokenizer: Tokenizer, content: str) -> list[int]:
     """Tokenise what a message says: marks become VISUAL_MARK, special tokens' names are plain text."""
     ids: list[int] = []
-    for number, part in enumerate(_MARK.split(content)):
+    for number, part in enumerate(MARK.split(content)):
         ids += [VISUAL_MARK] if number else []
         ids += tokenizer.encode(part, add_special_tokens=False, split_special_tokens=True) if part else []
     return ids
-
-
-@lru_cache(maxsize=256)
-def _template_ids(tokenizer: Tokenizer, template: str, roles: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
-    """Tokenise what the template puts before, between and after messages of these roles: one more than messages.
-
-    ``template`` is the tokenizer's own; it stands here so that a changed one is not answered from the cache.
-    """
-    rendered = [_render(tokenizer, roles[:count]) for count in range(_first_complete(roles), len(roles) + 1)]
-    for shorter, longer in zip(rendered, rendered[1:], strict=False):
-        if not longer.startswith(shorter):
-            raise UserError(
-                f"tokenizer '{tokenizer.name_or_path}': its chat template changes earlier turns when one is added "
-                f"({shorter!r} became {longer!r}), so a prompt would differ from what was trained; "
-                "use a template that only appends"
-            )
-    pieces = _PLACEHOLDER.split(rendered[-1])  # template, number, template, number, ..., template
-    if pieces[1::2] != [str(number) for number in range(len(roles))]:
-        raise UserError(
-            f"tokenizer '{tokenizer.name_or_path}': its chat template drops, repeats or reorders messages of roles "
-            f"{', '.join(roles)}"
-        )
-    return tuple(tuple(tokenizer.encode(piece, add_special_tokens=False)) if piece else () for piece in pieces[::2])
-
-
-def _first_complete(roles: tuple[str, ...]) -> int:
-    # Many templates refuse messages without a user, so a system message is never rendered alone.
-    return roles.index("user") + 1 if "user" in roles else len(roles)
-
-
-def _render(tokenizer: Tokenizer, roles: tuple[str, ...]) -> str:
-    messages = [{"role": role, "content": f"\ue000{number}\ue001"} for number, role in enumerate(roles)]
-    try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False))
-    except Exception as error:  # a template is its author's code: it may raise anything
-        raise UserError(
-            f"tokenizer '{tokenizer.name_or_path}': its chat template cannot render roles {', '.join(roles)}: {error}"
-        ) from error
 
 
 def _special_ids(tokenizer: Tokenizer) -> frozenset[int]:

@@ -141,6 +141,7 @@ class TokenSet:
         mass_S: float32, how many source patches the token stands for.
         grid: rows and columns while every frame is still a regular raster grid, else None.
         source_map: where the tokens came from, in patches of the encoder.
+        picture_V4: which visuals are images, and their tiles, as in `VideoBatch`; None where nobody told.
     """
 
     features_SD: Tensor
@@ -152,6 +153,7 @@ class TokenSet:
     mass_S: Tensor
     grid: tuple[int, int] | None
     source_map: SourceMap
+    picture_V4: Tensor | None = None
 
     @classmethod
     def from_grid(
@@ -161,6 +163,7 @@ class TokenSet:
         visual_offsets: Tensor,
         sample_of_visual: Tensor,
         frame_time_s_F: Tensor,
+        picture_V4: Tensor | None = None,
     ) -> "TokenSet":
         """Annotate an encoder's regular output: mass 1, the identity as source map.
 
@@ -170,6 +173,7 @@ class TokenSet:
             visual_offsets: as in the class.
             sample_of_visual: as in the class.
             frame_time_s_F: as in the class.
+            picture_V4: as in the class.
         """
         num_frames, num_patches, _ = patches_FND.shape
         device = patches_FND.device
@@ -185,6 +189,7 @@ class TokenSet:
             mass_S=torch.ones(total, device=device),
             grid=grid,
             source_map=Partition(torch.arange(total, device=device), total, is_identity=True),
+            picture_V4=picture_V4,
         )
 
     @property

@@ -54,16 +54,7 @@ class WeightFiles:
 
     def groups(self, max_bytes: int) -> list[list[str]]:
         """Cut the names into runs whose weights take so many bytes at most, or are a single one."""
-        groups: list[list[str]] = []
-        room = 0
-        for name, (shape, dtype) in self.shapes.items():
-            num_bytes = shape.numel() * dtype.itemsize
-            if not groups or num_bytes > room:
-                groups.append([])
-                room = max_bytes
-            groups[-1].append(name)
-            room -= num_bytes
-        return groups
+        return group_names(self.shapes, max_bytes)
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Read some weights, on the CPU, by their names in the model.
@@ -77,6 +68,20 @@ class WeightFiles:
             raise UserError(f"'{self._path}' is damaged: {error}") from error
 
 
+def group_names(shapes: Mapping[str, tuple[Size, torch.dtype]], max_bytes: int) -> list[list[str]]:
+    """Cut names into runs whose weights take so many bytes at most, or are a single one."""
+    groups: list[list[str]] = []
+    room = 0
+    for name, (shape, dtype) in shapes.items():
+        num_bytes = shape.numel() * dtype.itemsize
+        if not groups or num_bytes > room:
+            groups.append([])
+            room = max_bytes
+        groups[-1].append(name)
+        room -= num_bytes
+    return groups
+
+
 _Opened = tuple[Mapping[str, tuple[Size, torch.dtype]], Callable[[list[str]], dict[str, Tensor]]]
 
 
@@ -84,7 +89,7 @@ def _open(path: Path, prefix: str) -> _Opened:
     if path.is_dir():
         return _open_sharded(path, prefix)
     if path.suffix in (".safetensors", ".json"):
-        return _open_safetensors(path)
+        return _open_safetensors(path, prefix)
     return _open_whole(path, prefix)
 
 
@@ -115,7 +120,7 @@ def _open_sharded(folder: Path, prefix: str) -> _Opened:
     return shapes, read
 
 
-def _open_safetensors(path: Path) -> _Opened:
+def _open_safetensors(path: Path, prefix: str) -> _Opened:
     file_of: dict[str, Path] = {}
     shapes: dict[str, tuple[Size, torch.dtype]] = {}
     for file in _files(path):
@@ -125,13 +130,15 @@ def _open_safetensors(path: Path) -> _Opened:
                 size = Size(part.get_shape())
                 dtype = (part[:0] if size else opened.get_tensor(name)).dtype  # without reading more than that takes
                 shapes[name], file_of[name] = (size, dtype), file
+    # an export for transformers has the prefix, ours has none
+    cut = prefix if all(name.startswith(prefix) for name in shapes) else ""
 
     def read(names: list[str]) -> dict[str, Tensor]:
         with ExitStack() as stack:
             files = {file: stack.enter_context(safe_open(file, framework="pt")) for file in set(file_of.values())}
-            return {name: files[file_of[name]].get_tensor(name) for name in names}
+            return {name: files[file_of[cut + name]].get_tensor(cut + name) for name in names}
 
-    return shapes, read
+    return {name.removeprefix(cut): shape for name, shape in shapes.items()}, read
 
 
 def _files(path: Path) -> Iterator[Path]:

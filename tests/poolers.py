@@ -158,6 +158,7 @@ CASES = {
     "tokenpacker": Case(lambda: arms.TokenpackerPooler(2, heads=4), merges=True),
     "quecc": Case(lambda: arms.QueccPooler(2, 1, layers=(0, -1), heads=4), merges=True),
     "llava_mini": Case(lambda: arms.LlavaMiniPooler(2, heads=4, fusion_layers=2, fusion_heads=4), merges=True),
+    "llava_onevision": Case(arms.LlavaOnevisionPooler, merges=True),
 }
 every_case = pytest.mark.parametrize("name", list(CASES))
 

@@ -105,6 +105,7 @@ def test_what_starts_from_which_checkpoint(tmp_path: Path) -> None:
     assert choose_checkpoint("test", run, None, None, None) == last
     assert choose_checkpoint("describe", run, None, None, None) is None
     assert choose_checkpoint("predict", new, None, None, str(last)) == last
+    assert choose_checkpoint("predict", run, None, "weights.safetensors", None) is None
 
 
 @pytest.mark.parametrize(
@@ -112,7 +113,7 @@ def test_what_starts_from_which_checkpoint(tmp_path: Path) -> None:
     [
         ("fti", {}, ["mode=fti", "fit, validate, test, predict", "did you mean 'fit'?"]),
         ("test", {"resume": "x"}, ["resume=x", "mode=test", "ckpt=PATH"]),
-        ("predict", {"init_from": "x"}, ["init_from=x", "mode=predict"]),
+        ("predict", {"init_from": "x", "ckpt": "y"}, ["init_from=x", "ckpt=y", "give one of them"]),
         ("describe", {"ckpt": "x"}, ["ckpt=x", "mode=describe reads no weights"]),
         ("describe", {"init_from": "x"}, ["init_from=x", "mode=describe reads no weights"]),
         ("fit", {"ckpt": "x"}, ["ckpt=x", "resume=PATH", "init_from=PATH"]),

@@ -224,3 +224,33 @@ def test_the_templates_tokens_are_what_text_does_not_explain(num_answers):
     refuses = "{% if messages[0].role == 'system' %}{{ raise_exception('none') }}{% endif %}"
     tokenizer.chat_template = refuses + str(tokenizer.chat_template)
     assert template_tokens(tokenizer, num_answers) == bare
+
+
+MULTIMODAL = (  # as LLaVA-OneVision's is written: visuals first, then text
+    "{% for message in messages %}<|{{ message.role }}|>"
+    "{% for part in message.content if part.type != 'text' %}<{{ part.type }}>{% endfor %}"
+    "{% for part in message.content if part.type == 'text' %}{{ '\n' + part.text }}{% endfor %}<|end|>{% endfor %}"
+)
+
+
+def test_a_multimodal_template_places_the_visuals_of_a_question_itself():
+    tokenizer = load_tokenizer("byte")
+    tokenizer.chat_template = MULTIMODAL
+    text = tokenise(talk("<video>\n<image>\nwho?", "me", num_visuals=2), tokenizer, 99)
+    spelt = "".join("*" if token == VISUAL_MARK else tokenizer.decode([token]) for token in text.ids)
+    assert spelt == "<|user|>**\nwho?<|end|><|assistant|>\nme<|end|>"
+    assert decode_answer(tokenizer, [token for token in text.labels if token != IGNORED]) == "me"
+    within = tokenise(talk("is <video> new?", "no", num_visuals=1), tokenizer, 99)
+    assert within.ids.count(VISUAL_MARK) == 1
+
+
+def test_a_multimodal_template_that_forgets_a_visual_is_refused():
+    tokenizer = load_tokenizer("byte")
+    tokenizer.chat_template = MULTIMODAL.replace("<{{ part.type }}>", "")
+    with pytest.raises(UserError, match="its chat template puts no <video> or <image> where one is handed to it"):
+        tokenise(talk("<video>\nwho?", "me", num_visuals=1), tokenizer, 99)
+
+
+def test_no_name_is_told():
+    with pytest.raises(UserError, match="llm.tokenizer is not set; give init_from=FOLDER"):
+        load_tokenizer(None)

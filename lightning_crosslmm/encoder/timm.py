@@ -66,7 +66,7 @@ class TimmEncoder(Encoder):
                 **own_stem,
                 **(config or {}),
             )
-        except (TypeError, AssertionError) as error:
+        except (TypeError, AssertionError, RuntimeError, OSError) as error:  # the last two: weights that do not fit
             raise UserError(
                 f"timm could not build encoder.name '{name}' with image_size {image_size} and "
                 f"encoder.config {dict(config or {})}: {error}"

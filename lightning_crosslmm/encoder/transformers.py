@@ -18,6 +18,7 @@ from lightning_crosslmm.encoder.base import Encoder, block_number
 from lightning_crosslmm.encoder.hooked import hooked
 from lightning_crosslmm.encoder.saliency import fill_attention, fold_probe, probe_saliency, recorded
 from lightning_crosslmm.errors import UserError, nearest
+from lightning_crosslmm.pretrained_folder import check_loaded, find_weights, read_config
 from lightning_crosslmm.taps import BlockHook, Taps
 
 _TOWERS: dict[str, tuple[Any, Any]] = {
@@ -47,7 +48,8 @@ class TransformersEncoder(Encoder):
         attention: attention backend of transformers, ``sdpa``, ``eager`` or ``flash_attention_2``.
 
     Raises:
-        UserError: an unknown tower, a checkpoint that is none or contradicts `config`, or a layer it does not have.
+        UserError: an unknown tower; a checkpoint that is none, is not whole, is pickled or contradicts `config`; or a
+            layer it does not have.
     """
 
     def __init__(
@@ -215,14 +217,31 @@ def _build_tower(config: Mapping[str, Any], weights: str | None, attention: str)
         if on_meta:
             found._attn_implementation = attention
             return tower_class(found)
-        return tower_class.from_pretrained(weights, attn_implementation=attention, dtype=torch.float32)
+        return _load(tower_class, str(weights), attention)
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(
             f"encoder.weights '{weights}' is no checkpoint folder or hub name of a {kind}: {error}"
         ) from error
 
 
+def _load(tower_class: Any, weights: str, attention: str) -> Any:
+    tower, info = tower_class.from_pretrained(
+        weights,
+        attn_implementation=attention,
+        dtype=torch.float32,
+        use_safetensors=True,
+        ignore_mismatched_sizes=True,  # they are told below, by name
+        output_loading_info=True,
+    )
+    # the attention-pooling head goes, and some folders never had one
+    check_loaded(info, "encoder.weights", weights, unused=("head.", "vision_model.head."))
+    return tower
+
+
 def _geometry(weights: str, on_meta: bool) -> Any:
+    if Path(weights).is_dir() and not on_meta:
+        read_config(Path(weights), "encoder.weights")
+        find_weights(Path(weights), "encoder.weights")
     try:
         found = AutoConfig.from_pretrained(weights, local_files_only=on_meta)
     except OSError:

@@ -124,7 +124,8 @@ def _rotation(rotary: Any, like: Tensor, place_RT: Tensor) -> tuple[Tensor, Tens
 
 @functools.cache
 def _head_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    # generate refuses keywords that forward does not name; everything else passes through unchanged
+    # generate refuses keywords that forward does not name, and asks for the logits of one position only where they can
+    # be asked for; everything else passes through unchanged
     @functools.wraps(stock.forward)
     def forward(
         self: Any,
@@ -135,6 +136,7 @@ def _head_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
         inputs_embeds: Tensor | None = None,
         fusion: Context | None = None,
         unmerging: Any = None,
+        logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> Any:
         return stock.forward(
@@ -146,6 +148,7 @@ def _head_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
             inputs_embeds=inputs_embeds,
             fusion=fusion,
             unmerging=unmerging,
+            logits_to_keep=logits_to_keep,
             **kwargs,
         )
 

@@ -4,10 +4,10 @@ On the grid of a frame: ``average``, ``max``, ``bilinear``, ``pixel_shuffle`` (w
 (convolutions). Picking without looking: ``strided``, ``uniform``, ``random``. Learned queries: ``perceiver``,
 ``qformer``. Over time: ``slowfast``, ``temporal_merge``. By saliency: ``prumerge``, ``prumerge_plus``, ``visionzip``,
 ``sms``. Queries that read several blocks in their window: ``tokenpacker``, ``quecc`` (knows the question).
-``llava_mini`` also lets the question read every patch. Merging: ``tome``, ``dymu`` between
-the encoder's blocks, ``folder`` there or after it; ``vistog`` groups around tokens that ran beside the patches.
-``none`` keeps every token. A pooler of your own is a class with
-this contract in any module of yours: ``python train.py pooler=none pooler._target_=my_module.MyPooler``.
+``llava_mini`` also lets the question read every patch. ``llava_onevision`` is that model's own. Merging: ``tome``,
+``dymu`` between the encoder's blocks, ``folder`` there or after it; ``vistog`` groups around tokens that ran beside
+the patches. ``none`` keeps every token. A pooler of your own is a class with this contract in
+any module of yours: ``python train.py pooler=none pooler._target_=my_module.MyPooler``.
 """
 
 from lightning_crosslmm.pooler.abstractor import CAbstractorPooler
@@ -18,6 +18,7 @@ from lightning_crosslmm.pooler.folder import FolderPooler
 from lightning_crosslmm.pooler.grid import AveragePooler, BilinearPooler, MaxPooler
 from lightning_crosslmm.pooler.identity import NoPooler
 from lightning_crosslmm.pooler.llava_mini import LlavaMiniPooler
+from lightning_crosslmm.pooler.llava_onevision import LlavaOnevisionPooler
 from lightning_crosslmm.pooler.perceiver import PerceiverPooler
 from lightning_crosslmm.pooler.pick import RandomPooler, StridedPooler, UniformPooler
 from lightning_crosslmm.pooler.prumerge import PrumergePlusPooler, PrumergePooler
@@ -37,6 +38,7 @@ __all__ = [
     "DymuPooler",
     "FolderPooler",
     "LlavaMiniPooler",
+    "LlavaOnevisionPooler",
     "MaxPooler",
     "NoPooler",
     "PerceiverPooler",

@@ -1,5 +1,6 @@
 """The pooler's contract: what it declares, and what it is given."""
 
+from collections.abc import Mapping
 from enum import StrEnum
 from typing import Any
 
@@ -87,6 +88,10 @@ class Pooler(nn.Module):
     def tokens_per_frame(self, grid: tuple[int, int]) -> int | None:
         """How many tokens a frame of `grid` patches becomes; None when it depends on the picture or the clip."""
         raise NotImplementedError(f"{type(self).__name__} must say tokens_per_frame(grid)")
+
+    def settled(self) -> Mapping[str, Any]:
+        """Settings in place of those that name a file, with what the file held, for a model that is given away."""
+        return {}
 
     def forward(self, tokens: TokenSet, *args: Any, **kwargs: Any) -> TokenSet | tuple[TokenSet, Tensor]:
         """Pool every frame (or clip) of the set.

@@ -6,6 +6,7 @@ Axis letters:
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -29,7 +30,8 @@ class DymuPooler(MergingPooler):
         A frame in which nothing merges keeps the order of its tokens, so that it does not depend on its neighbours.
 
     Args:
-        thresholds: a file that ``mode=calibrate`` wrote, for this encoder; or one cosine for every block, -1 to 1.
+        thresholds: a file that ``mode=calibrate`` wrote, for this encoder; or one cosine for every block, -1 to 1; or a
+            cosine for each, as an exported run has them.
         proportional: later blocks weigh keys by mass.
         order: of a frame's tokens in the LLM, ``raster`` or ``merged``, as the code leaves them.
 
@@ -37,9 +39,12 @@ class DymuPooler(MergingPooler):
         UserError: a threshold out of range, or a file that is none, or one of another encoder.
     """
 
-    def __init__(self, thresholds: float | str, proportional: bool = True, order: str = "raster") -> None:
+    def __init__(
+        self, thresholds: float | str | Sequence[float], proportional: bool = True, order: str = "raster"
+    ) -> None:
         super().__init__(order)
-        if not isinstance(thresholds, str) and not -1 <= thresholds <= 1:
+        cosines = [thresholds] if isinstance(thresholds, float | int) else thresholds
+        if not isinstance(cosines, str) and not all(-1 <= cosine <= 1 for cosine in cosines):
             raise UserError(
                 f"pooler.thresholds is {thresholds}; right is a cosine from -1 to 1, or a file of mode=calibrate"
             )
@@ -51,12 +56,22 @@ class DymuPooler(MergingPooler):
         super().enter(tower)
         if isinstance(self.thresholds, str):
             self.threshold_of_block = Calibration.read(Path(self.thresholds), tower).thresholds
-        else:
+        elif isinstance(self.thresholds, float | int):
             self.threshold_of_block = [float(self.thresholds)] * tower.num_blocks
+        elif len(self.thresholds) != tower.num_blocks:
+            raise UserError(
+                f"pooler.thresholds has {len(self.thresholds)} cosines; this encoder runs {tower.num_blocks} blocks"
+            )
+        else:
+            self.threshold_of_block = self.thresholds
 
     def tokens_per_frame(self, grid: tuple[int, int]) -> None:
         """The pictures say."""
         return None
+
+    def settled(self) -> dict[str, Any]:
+        """Give the thresholds that a file held."""
+        return {"thresholds": list(self.threshold_of_block)} if isinstance(self.thresholds, str) else {}
 
     def hook(self) -> MergingHook:
         """Merge by threshold."""

@@ -116,3 +116,12 @@ def test_checkpointing_gives_the_same_gradients():
     (once, plain), (twice, recomputed) = gradients(False), gradients(True)
     assert (once, twice) == (1, 2)
     assert all(torch.equal(a, b) for a, b in zip(plain, recomputed, strict=True))
+
+
+@pytest.mark.parametrize("damage", ["another shape", "the file is missing"])
+def test_weights_of_timm_that_do_not_fit_are_refused(damage, tmp_path):
+    file, name = tmp_path / "weights.pt", "blocks.1.mlp.fc1.weight"
+    if damage == "another shape":
+        torch.save({**tiny_encoder().tower.state_dict(), name: torch.zeros(3, 5)}, file)
+    with pytest.raises(UserError, match=f"(?s)timm could not build encoder.name .*({name}|weights.pt)"):
+        tiny_encoder(pretrained=True, config={"pretrained_cfg_overlay": {"file": str(file)}})
