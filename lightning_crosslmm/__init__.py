@@ -13,10 +13,13 @@
     train.py   compose --> build --> fit | validate | test | predict
 
 Each folder here is a socket, and a group of the same name under ``conf/``; CONTRIBUTING.md is the map of the rest.
-Importing the package imports none of its parts: a name below brings its module along when it is first asked for.
+Importing the package imports none of its parts: a name below brings its module along when it is first asked for, and
+transformers' Auto classes learn of exported models when they are imported themselves.
 """
 
 from typing import TYPE_CHECKING, Any
+
+from lightning_crosslmm.hf.announce import announce
 
 if TYPE_CHECKING:
     from lightning_crosslmm.answer import Answerer as Answerer
@@ -65,3 +68,6 @@ def _version() -> str:
         return version("lightning-crosslmm")
     except PackageNotFoundError:  # a checkout that was not installed; pyproject.toml alone knows its version
         return "0+uninstalled"
+
+
+announce()

@@ -10,13 +10,15 @@ from pathlib import Path
 
 import torch
 
-from lightning_crosslmm.batch import IGNORED, VideoBatch
+from lightning_crosslmm.batch import IGNORED, VideoBatch, picture
 from lightning_crosslmm.compose import PART_TARGETS, build_model, instantiate, load_run
 from lightning_crosslmm.conversation import Conversation, Message, Visual
 from lightning_crosslmm.decoding import Decoding
 from lightning_crosslmm.errors import UserError
+from lightning_crosslmm.looks import Look, Sight, sights
 from lightning_crosslmm.model import CrossLMM
 from lightning_crosslmm.run_folder import find_checkpoint
+from lightning_crosslmm.standalone import leans_on_files, standalone
 from lightning_crosslmm.text import (
     Text,
     TextStreamer,
@@ -64,11 +66,9 @@ class Answerer:
         """
         config = load_run(run_dir)
         trusted = (*PART_TARGETS, *allow)
-        for part in ("encoder", "llm.model"):  # the checkpoint holds all weights: nothing pretrained is loaded twice
-            node = config.encoder if part == "encoder" else config.llm.model
-            for key, nothing in (("weights", None), ("pretrained", False)):
-                if key in node:
-                    node[key] = nothing
+        if leans_on_files(config):  # the checkpoint holds all weights: nothing pretrained is loaded twice
+            with torch.device("meta"):
+                config = standalone(config, build_model(config, trusted))
         model = build_model(config, trusted)
         load_weights(model, find_checkpoint(run_dir, "--run", ("best", "last")), whole=True)
         return cls(
@@ -115,14 +115,44 @@ class Answerer:
             messages.append(Message("assistant", answers[-1]))
         return answers
 
+    def see(self, path: Path, question: str | None = None) -> Look:
+        """Tell what became of a file's patches, and where the model looked.
+
+        Args:
+            path: a video or an image.
+            question: what is asked; without one nothing is answered, and only pooled tokens look.
+
+        Raises:
+            UserError: the file cannot be read, the question is empty, or there is none and the pooler wants one.
+        """
+        if question is not None and not question.strip():
+            raise UserError("the question is empty; leave it out to see tokens and V2V alone")
+        pooler = self.model.pooler
+        if question is None and pooler.needs & {"question", "question_summary"}:
+            raise UserError(f"pooler {type(pooler).__name__} reads the question; give one after the file")
+        kind, clip = self.look(path)
+        messages = [Message("user", f"<{kind}>" if question is None else f"<{kind}>\n{question}")]
+        (sight,) = sights(self.model, self._prompt(path, kind, clip, messages))
+        if question is None:
+            sight = Sight({name: heat for name, heat in sight.layers.items() if name[0] == "v2v"}, sight.pooling)
+        return Look(
+            key=path.name,
+            question=question or "",
+            answer="" if question is None else self._answer(path, kind, clip, messages, None),
+            expected=None,
+            frames_FCHW=clip.frames_FCHW,
+            v2v_FHW=sight.mean("v2v"),
+            t2v_FHW=sight.mean("t2v"),
+            frame_time_s_F=clip.frame_time_s_F if kind == "video" else None,
+            sight=sight,
+        )
+
     def _answer(
         self, path: Path, kind: str, clip: Clip, messages: Sequence[Message], say: Callable[[str], None] | None
     ) -> str:
-        conversation = Conversation(path.name, tuple(messages), (Visual(kind, path.name),), ())
-        text = tokenise(conversation, self.tokenizer, self.max_tokens, add_answer_prompt=True)
         stop_id, pad_id = end_of_turn_id(self.tokenizer), self.tokenizer.pad_token_id
         (row,) = self.model.generate(
-            prompt_batch(path.name, clip, text).to(next(self.model.parameters()).device),
+            self._prompt(path, kind, clip, messages),
             self.decoding,
             stop_id=stop_id,
             pad_id=stop_id if pad_id is None else pad_id,
@@ -130,9 +160,14 @@ class Answerer:
         )
         return decode_answer(self.tokenizer, row)
 
+    def _prompt(self, path: Path, kind: str, clip: Clip, messages: Sequence[Message]) -> VideoBatch:
+        conversation = Conversation(path.name, tuple(messages), (Visual(kind, path.name),), ())
+        text = tokenise(conversation, self.tokenizer, self.max_tokens, add_answer_prompt=True)
+        return prompt_batch(path.name, kind, clip, text).to(next(self.model.parameters()).device)
 
-def prompt_batch(key: str, clip: Clip, text: Text) -> VideoBatch:
-    """Make a batch of one prompt about one clip."""
+
+def prompt_batch(key: str, kind: str, clip: Clip, text: Text) -> VideoBatch:
+    """Make a batch of one prompt about one clip, an ``image`` or a ``video``."""
     ids_L = torch.tensor(text.ids)
     return VideoBatch(
         frames_FCHW=clip.frames_FCHW,
@@ -147,4 +182,5 @@ def prompt_batch(key: str, clip: Clip, text: Text) -> VideoBatch:
         keys=(key,),
         answer_kinds=(),
         questions=(),
+        picture_V4=torch.tensor([picture(kind, clip.frames_FCHW.shape[-1])]),
     )

@@ -52,7 +52,7 @@ def test_it_is_what_was_trained(
     chosen = checkpoint and checkpoint.format(path=run_dir / "checkpoints" / "step-00000002")
     export_run(run_dir, tmp_path / "out", chosen)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "config.yaml", "model.safetensors", "provenance.json",
+        "README.md", "config.yaml", "model.safetensors", "provenance.json",
     }  # fmt: skip
     with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
