@@ -15,6 +15,7 @@ import lightning
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 
+from callbacks.prefill_cost import PrefillCost
 from callbacks.throughput import Throughput
 from lightning_crosslmm.run_folder import DATA_RECORD, replacing
 
@@ -32,8 +33,9 @@ class RunRecord(lightning.Callback):
     the same of every start before in ``earlier_sessions``, where a training was resumed.
     ``data.json``: every shard that is trained on, with its samples and checksums.
     ``metrics.json``: the last value of everything logged (``val/accuracy``, ``val/accuracy/<kind>``, ``train/loss``),
-    ``train/seconds`` (wall time of fit, resumed parts added up) and ``train/wait_share`` of the whole run. Modes other
-    than fit write ``provenance_<mode>.json`` and ``metrics_<mode>.json``; a number that is not finite is null.
+    ``train/seconds`` (wall time of fit, resumed parts added up) and ``train/wait_share`` of the whole run, and what
+    `PrefillCost` measured. Modes other than fit write ``provenance_<mode>.json`` and ``metrics_<mode>.json``; a number
+    that is not finite is null.
 
     Args:
         seed: the run's seed.
@@ -109,6 +111,9 @@ class RunRecord(lightning.Callback):
             for callback in trainer.callbacks:
                 if isinstance(callback, Throughput) and callback.wait_share is not None:
                     metrics["train/wait_share"] = callback.wait_share
+        for callback in trainer.callbacks:
+            if isinstance(callback, PrefillCost):
+                metrics |= callback.measured
         return self._metrics_before | metrics
 
     @rank_zero_only

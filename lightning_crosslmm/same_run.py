@@ -4,7 +4,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,10 @@ log = logging.getLogger(__name__)
 
 PLACES = ("run_dir", "resume")
 """Settings that say where a run lies and how it began, and nothing about what it trains."""
+
+
+class OtherRunError(UserError):
+    """The folder holds a run of another configuration, or of other data: it is not gone on with, nor overwritten."""
 
 
 def differences(config: DictConfig, run_dir: Path) -> list[str]:
@@ -81,7 +85,7 @@ def is_done(config: DictConfig) -> bool:
     """Say what ``resume=auto`` found in the run folder, and tell whether that training is at its end.
 
     Raises:
-        UserError: a run of another configuration lies there.
+        OtherRunError: a run of another configuration lies there.
     """
     run_dir, say = Path(config.run_dir), log.info if is_first_process() else log.debug
     saved, _ = list_checkpoints(run_dir)
@@ -89,26 +93,54 @@ def is_done(config: DictConfig) -> bool:
         say("resume=auto: no run of this configuration has a checkpoint, so a new one starts in %s", run_dir)
         return False
     if different := differences(config, run_dir):
-        raise UserError(
-            f"run_dir={run_dir}: holds a run of another configuration ({'; '.join(different[:3])}); leave out run_dir "
-            f"to start another one, or go on with this one all the same with resume={run_dir}"
+        raise OtherRunError(
+            f"run_dir={run_dir}: holds a run of another configuration ({'; '.join(different[:3])}); start another "
+            "one in another run_dir (a sweep: hydra.sweep.dir), or go on with this one all the same with "
+            f"resume={run_dir}"
         )
     step = saved[-1].marker.step
-    done = step >= config.trainer.max_steps and _has_ended(run_dir)
+    done = step >= config.trainer.max_steps and has_ended(run_dir)
     say("resume=auto: %s stands at step %d: %s", run_dir, step, "done, nothing to do" if done else "going on")
     return done
 
 
-def _has_ended(run_dir: Path) -> bool:
+def has_ended(run_dir: Path) -> bool:
     """Whether a run wrote its final numbers; one that keeps no record is taken by its checkpoint."""
-    path = run_dir / "provenance.json"
-    record = json.loads(path.read_text()) if path.is_file() else {"ended": True}
-    return bool(record.get("ended")) and not record.get("error")
+    record = _record(run_dir)
+    return bool(record.get("ended", not record)) and not record.get("error")
+
+
+def refuse_other_data(run_dir: Path, fingerprint: Mapping[str, str]) -> None:
+    """Refuse to take a run for done whose data were not those that are there now.
+
+    Args:
+        run_dir: of a run that is done; one that keeps no record is taken by its configuration.
+        fingerprint: of the data of each split, as they are now.
+
+    Raises:
+        OtherRunError: a split differs.
+    """
+    there = _record(run_dir).get("data_fingerprint") or {}
+    changed = [
+        f"{split} was {there[split]:.12}, is {now:.12}"
+        for split, now in fingerprint.items()
+        if there.get(split, now) != now
+    ]
+    if changed:
+        raise OtherRunError(
+            f"run_dir={run_dir}: holds a run on other data ({'; '.join(changed)}); put the data back, or start another "
+            "run in another run_dir (a sweep: hydra.sweep.dir)"
+        )
 
 
 def is_first_process() -> bool:
     """Tell so before Lightning knows, by what launchers tell their processes."""
     return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
+
+
+def _record(run_dir: Path) -> dict[str, Any]:
+    path = run_dir / "provenance.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def _leaves(node: Any, path: str = "") -> dict[str, Any]:

@@ -37,7 +37,9 @@ class StopSignals:
         """Take over from whoever handles the signals, unless it is done; works in the main thread alone."""
         if self._before or threading.current_thread() is not threading.main_thread():
             return
-        self.received, self.since_s = None, time.monotonic()
+        self.received = None
+        if self.since_s is None:  # the runs of a sweep share a process and its time
+            self.since_s = time.monotonic()
         self._before = {number: signal.signal(number, self._note) for number in HEARD}
 
     def forget(self) -> None:

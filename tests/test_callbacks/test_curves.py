@@ -3,7 +3,8 @@ from pathlib import Path
 import matplotlib.image
 import pytest
 
-from callbacks.curves import LearningCurve, draw_curves, read_curves
+from callbacks.curves import LearningCurve, draw_curves
+from lightning_crosslmm.report.curves import read_curves
 
 
 def test_a_training_leaves_its_curve(make_trainer, tiny, batches, tmp_path: Path) -> None:
@@ -28,18 +29,6 @@ def test_lines_hold_the_points(tmp_path: Path) -> None:
     assert loss.lines[1].get_xydata().tolist() == [[3, 1.0], [6, 0.5]]
     assert [line.get_xydata().tolist() for line in accuracy.lines] == [[[3, 0.1]]]
     assert (loss.get_ylabel(), accuracy.get_ylabel(), loss.get_xlabel()) == ("loss", "accuracy", "optimizer steps")
-
-
-def test_a_resumed_part_replaces_what_was_lost(tmp_path: Path) -> None:
-    parts = {
-        0: "epoch,step,train/loss,val/loss\n0,1,4,\n0,3,3,\n0,5,2,\n",
-        2: "step,train/loss\n3,30\n4,40\n",
-        10: "step,lr\n9,1\n",
-    }
-    for version, text in parts.items():
-        (tmp_path / f"version_{version}").mkdir()
-        (tmp_path / f"version_{version}" / "metrics.csv").write_text(text)
-    assert read_curves(tmp_path) == {"train/loss": [(1, 4.0), (3, 30.0), (4, 40.0)], "lr": [(9, 1.0)]}
 
 
 def test_nothing_logged_draws_nothing(make_trainer, tiny, batches, tmp_path: Path) -> None:
