@@ -18,10 +18,11 @@ class Stopwatch:
 
     Args:
         device: where the work runs, a CPU or a CUDA device.
+        clock: of a CPU, in seconds.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._on_cuda = device.type == "cuda"
+    def __init__(self, device: torch.device, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._on_cuda, self._clock = device.type == "cuda", clock
         self._open: list[tuple[str, Any]] = []
         self._done: list[tuple[str, Any, Any]] = []
         self.listening = False
@@ -29,7 +30,7 @@ class Stopwatch:
 
     def _now(self) -> Any:
         if not self._on_cuda:
-            return time.perf_counter()
+            return self._clock()
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event

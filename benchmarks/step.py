@@ -80,6 +80,7 @@ class Arm:
         for part in (model.pooler, model.projector, model.frame_time, model.encoder_time):
             if part is not None:
                 watch.watch("pooler, projector", part)
+        watch.watch("fusion", model.fusion_sources)
         watch.watch("LLM", model.llm.model)
         for number in model.fused_layers:
             watch.watch("fusion", model.llm.model.layers[number].fusion)

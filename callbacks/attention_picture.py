@@ -5,10 +5,8 @@ Axis letters:
     H W  rows and columns: pixels in frames, patches of the encoder's grid in maps
 """
 
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from textwrap import shorten
 
 import lightning
 from lightning.pytorch.utilities.types import STEP_OUTPUT
@@ -18,8 +16,8 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from lightning_crosslmm.batch import VideoBatch
+from lightning_crosslmm.contact_sheet import plain, said, save
 from lightning_crosslmm.looks import Look
-from lightning_crosslmm.run_folder import replacing
 
 MAX_FRAMES = 8
 
@@ -71,29 +69,20 @@ def draw_looks(looks: Sequence[Look], path: Path) -> Figure:
         frames_FCHW = look.frames_FCHW[shown].cpu()
         axes.imshow(_side_by_side(frames_FCHW).numpy())
         if heat_FHW is None:
-            said = f"asked: {look.question}   right: {look.expected}   model: {look.answer}"
-            axes.set_title(_plain(said, 150), fontsize=9, loc="left")
+            axes.set_title(plain(said(look), 150), fontsize=9, loc="left")
         else:
             heat_FCHW = heat_FHW[shown].detach().float().cpu()[:, None]
             heat_FCHW = interpolate(heat_FCHW, size=frames_FCHW.shape[-2:], mode="bilinear")
             heat_HW = _side_by_side(heat_FCHW)[..., 0]
             axes.imshow(heat_HW.numpy(), alpha=0.6, cmap="inferno", vmin=0, vmax=max(heat_HW.max().item(), 1e-12))
         axes.set(xticks=[], yticks=[], ylabel=name)
-    with replacing(path) as part, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # questions may be in any script
-        figure.savefig(part, dpi=100)
+    save(figure, path, dpi=100)
     return figure
 
 
 def _strips(look: Look) -> list[tuple[str, Tensor | None]]:
     branches = [(name, heat) for name, heat in (("V2V", look.v2v_FHW), ("T2V", look.t2v_FHW)) if heat is not None]
-    return [(_plain(look.key, 16), None), *branches]
-
-
-def _plain(text: str, width: int) -> str:
-    """What matplotlib draws as it stands: no formulas, no control characters of an untrained model's answer."""
-    text = "".join(letter if letter.isprintable() else " " for letter in text)
-    return shorten(text, width, placeholder="...").replace("$", r"\$")
+    return [(plain(look.key, 16), None), *branches]
 
 
 def _spread(num_frames: int) -> list[int]:

@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from lightning_crosslmm.errors import UserError
 
@@ -32,7 +33,7 @@ def main(words: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="crosslmm",
-        description="Pack videos into shards, index and verify shards, ask trained runs.",
+        description="Pack videos into shards, index and verify shards, compare and ask trained runs.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -56,26 +57,58 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--decode", action="store_true", help="decode every frame of every clip, too")
     verify.add_argument("--timeout-s", type=float, default=600.0, help="longest time to decode one clip (600)")
     verify.set_defaults(run=_verify)
+    _add_run_commands(commands)
+    return parser
 
-    export = commands.add_parser("export", help="write a run's weights as safetensors, with config and provenance")
+
+def _add_run_commands(commands: Any) -> None:
+    """Add the commands about runs and configurations; those above are about data."""
+    export = commands.add_parser(
+        "export", help="write a run's weights as safetensors, with config, provenance and card"
+    )
     export.add_argument("run_dir", type=Path, help="a folder that train.py wrote")
     export.add_argument("out_dir", type=Path, help="the folder to make")
     export.add_argument("--checkpoint", metavar="best|last|PATH", help="the best one, or else the last, if not given")
+    export.add_argument(
+        "--format", choices=("safetensors", "hf"), default="safetensors", help="hf: for transformers, too"
+    )
+    _add_allow(export)
     export.set_defaults(run=_export)
+
+    report = commands.add_parser("report", help="compare the arms of a sweep: tables, figures, one HTML page")
+    report.add_argument("sweep_dir", type=Path, help="a folder with run folders in it, at any depth")
+    report.add_argument("--out", dest="out_dir", type=Path, metavar="DIR", help="where to write (SWEEP_DIR/report)")
+    report.add_argument(
+        "--baseline", metavar="KEY=VALUE", help="the arm to compare with; of several, each arm's own counterpart"
+    )
+    report.set_defaults(run=_report)
+
+    cost = commands.add_parser("cost", help="count what a configuration costs: operations, memory, least times")
+    cost.add_argument("words", nargs="*", metavar="SETTING", help="as for train.py, and gpu=h200, text_tokens=64, ...")
+    cost.add_argument("--conf", dest="conf_dir", type=Path, default=Path("conf"), help="where train.yaml lies (./conf)")
+    cost.add_argument("--json", dest="as_json", action="store_true", help="JSON in place of a table")
+    cost.set_defaults(run=_cost)
 
     ask = commands.add_parser("ask", help="ask a trained run about a video or an image")
     ask.add_argument("video", type=Path)
     ask.add_argument("questions", nargs="+", metavar="question", help="several are one conversation")
     ask.add_argument("--run", dest="run_dir", type=Path, required=True, help="a folder that train.py wrote")
-    ask.add_argument(
-        "--allow",
-        action="append",
-        default=[],
-        metavar="PREFIX",
-        help="trust classes of this module in the run's config",
-    )
+    _add_allow(ask)
     ask.set_defaults(run=_ask)
-    return parser
+
+    show = commands.add_parser("show", help="draw what a run sees: patches that became tokens, and attention")
+    show.add_argument("video", type=Path, help="a video or an image")
+    show.add_argument("question", nargs="?", help="shows where text looked before its answer, too")
+    show.add_argument("--run", dest="run_dir", type=Path, required=True, help="a folder that train.py wrote")
+    show.add_argument("--out", dest="out_dir", type=Path, metavar="DIR", help="where to write (RUN/show/VIDEO)")
+    show.add_argument("--overwrite", action="store_true", help="write into a folder that is not empty")
+    _add_allow(show)
+    show.set_defaults(run=_show)
+
+
+def _add_allow(command: argparse.ArgumentParser) -> None:
+    words = "trust classes of this module in the run's config"
+    command.add_argument("--allow", action="append", default=[], metavar="PREFIX", help=words)
 
 
 def _add_shards(command: argparse.ArgumentParser) -> None:
@@ -151,9 +184,26 @@ def _verify(arguments: argparse.Namespace) -> int:
 def _export(arguments: argparse.Namespace) -> None:
     from lightning_crosslmm.export import export_run
 
-    taken = export_run(arguments.run_dir, arguments.out_dir, arguments.checkpoint)
+    if arguments.allow:
+        sys.path.append(os.getcwd())  # a user's own parts, from where he stands
+    given = {"form": arguments.format, "allow": tuple(arguments.allow)}
+    taken = export_run(arguments.run_dir, arguments.out_dir, arguments.checkpoint, **given)
     num_bytes = sum(path.stat().st_size for path in arguments.out_dir.glob("*.safetensors"))
     sys.stdout.write(f"{taken} as {num_bytes / 2**20:.1f} MiB of safetensors in {arguments.out_dir}\n")
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    from lightning_crosslmm.report import write_report
+
+    paths = write_report(arguments.sweep_dir, arguments.out_dir, arguments.baseline)
+    sys.stdout.write("".join(f"{path}\n" for path in paths))
+
+
+def _cost(arguments: argparse.Namespace) -> None:
+    from lightning_crosslmm.cost import cost
+
+    sys.path.append(os.getcwd())  # a user's own parts, from where he stands
+    sys.stdout.write(cost(arguments.words, arguments.conf_dir, arguments.as_json) + "\n")
 
 
 def _ask(arguments: argparse.Namespace) -> None:
@@ -168,6 +218,16 @@ def _ask(arguments: argparse.Namespace) -> None:
         sys.stdout.flush()
 
     answerer.ask(arguments.video, arguments.questions, say)
+
+
+def _show(arguments: argparse.Namespace) -> None:
+    from lightning_crosslmm.show import show
+
+    if arguments.allow:
+        sys.path.append(os.getcwd())  # a user's own parts, from where he stands
+    given = {"overwrite": arguments.overwrite, "allow": tuple(arguments.allow)}
+    paths = show(arguments.video, arguments.run_dir, arguments.question, arguments.out_dir, **given)
+    sys.stdout.write("".join(f"{path}\n" for path in paths))
 
 
 if __name__ == "__main__":

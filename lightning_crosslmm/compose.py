@@ -19,6 +19,7 @@ from lightning_crosslmm.run_folder import replacing
 from lightning_crosslmm.targets import check_node
 
 if TYPE_CHECKING:
+    from lightning_crosslmm.llm import Lora
     from lightning_crosslmm.model import CrossLMM
 
 ANY_TARGET = ("",)
@@ -172,7 +173,27 @@ def build_model(config: DictConfig, allow: Sequence[str]) -> "CrossLMM":
         parts[name] = instantiate(node, allow)
     model = CrossLMM(**parts, virtual_unmerging=config.get("virtual_unmerging", "none"))  # older runs have none
     model.checks_pooler = bool(config.get("check_pooler"))
+    if (adapters := lora_of(config)) is not None:
+        adapters.adapt(model.llm)
     return model
+
+
+def lora_of(config: DictConfig) -> "Lora | None":
+    """Read ``llm.lora``: adapters on the LLM's matrices, or None.
+
+    Raises:
+        UserError: it is no mapping, or holds an entry that does not fit.
+    """
+    from lightning_crosslmm.llm import Lora
+
+    node = OmegaConf.select(config, "llm.lora")  # older runs have none
+    if node is None:
+        return None
+    settings: Any = OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig) else None
+    if settings is None:
+        raise UserError(f"llm.lora: is {node}; write llm.lora={{rank: 16}}, or null for none")
+    check_node({**settings, "_target_": "lightning_crosslmm.llm.Lora"}, "llm.lora", PART_TARGETS, {})
+    return Lora(**settings)
 
 
 def save_resolved(config: DictConfig, run_dir: Path) -> None:

@@ -8,6 +8,7 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_crosslmm.errors import UserError, nearest
+from lightning_crosslmm.llm import is_adapter
 from lightning_crosslmm.model import ROLES, CrossLMM
 
 
@@ -58,9 +59,20 @@ class OptimSettings:
         self.warmup_steps, self.constant_share, self.end_factor = warmup_steps, constant_share, end_factor
 
     def freeze(self, model: CrossLMM) -> None:
-        """Take the gradient from every parameter of a frozen role, and give it to the others."""
+        """Take the gradient from every parameter of a frozen role, and give it to the others.
+
+        An LLM with adapters (``llm.lora``) trains these and keeps its own weights.
+
+        Raises:
+            UserError: adapters on an LLM that is frozen.
+        """
+        has_adapters = any(is_adapter(name) for name, _ in model.named_parameters())
+        if has_adapters and self.lr["llm"] is None:
+            raise UserError("llm.lora adapts the LLM and optim.lr.llm=null freezes it; give a rate, or llm.lora=null")
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(self.lr[model.role_of(name)] is not None)
+            role = model.role_of(name)
+            keeps = role == "llm" and has_adapters and not is_adapter(name)
+            parameter.requires_grad_(self.lr[role] is not None and not keeps)
 
     def optimizer(self, model: CrossLMM) -> Optimizer:
         """Build AdamW with up to two groups per trained role, named ``role`` and ``role/no_decay``."""

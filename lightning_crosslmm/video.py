@@ -18,10 +18,10 @@ from torch import Tensor
 
 from lightning_crosslmm.errors import UserError, nearest
 from lightning_crosslmm.video_file import IMAGE_FORMATS, VIDEO_FORMATS, opened
-from lightning_crosslmm.video_picture import Picture, encode_video
+from lightning_crosslmm.video_picture import Picture, encode_video, pictures_of
 from lightning_crosslmm.video_probe import VideoInfo, probe_video
 
-__all__ = ["Clip", "FrameSampling", "VideoInfo", "encode_video", "probe_video", "read_clip", "read_image"]
+__all__ = ["Clip", "FrameSampling", "VideoInfo", "clip_of", "encode_video", "probe_video", "read_clip", "read_image"]
 
 _SETTINGS: dict[str, dict[str, Any]] = {
     "uniform": {"num_frames": int},
@@ -157,3 +157,20 @@ def read_image(source: Path | bytes, name: str, image_size: tuple[int, int] | in
     with opened(source, name, IMAGE_FORMATS) as file:
         picture_CHW = Picture(image_size).rgb(file.first_frame())
         return Clip(torch.from_numpy(picture_CHW)[None].contiguous(), torch.zeros(1))
+
+
+def clip_of(frames: Any, image_size: int, fps_hz: float | None = None) -> Clip:
+    """Make a clip of pictures that are decoded already; ``pictures_of`` says what they may be.
+
+    Args:
+        frames: at least one.
+        image_size: the side of a square that they are stretched to.
+        fps_hz: how fast they follow each other, above 0; None gives all of them time 0.
+
+    Raises:
+        UserError: they are no pictures.
+    """
+    frames_FCHW = torch.from_numpy(pictures_of(frames, image_size))
+    return Clip(
+        frames_FCHW, torch.arange(len(frames_FCHW), dtype=torch.float32) * (0.0 if fps_hz is None else 1 / fps_hz)
+    )

@@ -117,3 +117,23 @@ def encode_video(
         size, words = frames_FHWC.shape[1:3], getattr(error, "strerror", error)
         raise UserError(f"{codec} cannot encode {size} frames as {pix_fmt} with {options}: {words}") from error
     return file.getvalue()
+
+
+def pictures_of(frames: Any, image_size: int) -> np.ndarray:
+    """Bring pictures that are decoded already to uint8 (F, 3, H, W) of one size, as files are.
+
+    Args:
+        frames: uint8 RGB, one array or tensor (F, H, W, 3) or (F, 3, H, W), or pictures one by one, PIL's too.
+        image_size: pixels per side.
+
+    Raises:
+        UserError: they are no such pictures.
+    """
+    found = [np.asarray(frame.convert("RGB") if hasattr(frame, "convert") else frame) for frame in frames]
+    upright = [frame.transpose(1, 2, 0) if frame.ndim == 3 and frame.shape[0] == 3 else frame for frame in found]
+    if not found or any(frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3 for frame in upright):
+        shapes = sorted({f"{frame.dtype} {frame.shape}" for frame in found})
+        raise UserError(f"pictures: must be uint8 RGB, (height, width, 3) or (3, height, width) each, got {shapes}")
+    frames_of_file = (VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24") for frame in upright)
+    picture = Picture(image_size)
+    return np.stack([picture.rgb(frame) for frame in frames_of_file])

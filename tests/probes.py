@@ -32,6 +32,7 @@ from data.probe import write_probe
 from lightning_crosslmm import store
 from lightning_crosslmm.batch import VideoBatch, prompts_for
 from lightning_crosslmm.compose import ANY_TARGET, build_model, compose_overrides, instantiate
+from lightning_crosslmm.cost import fit
 from lightning_crosslmm.errors import UserError
 from lightning_crosslmm.location import locate
 from lightning_crosslmm.model import CrossLMM
@@ -74,6 +75,10 @@ def make_world(folder: Path) -> None:
     tokenizer.save_pretrained(folder / "world" / "tokenizer")
     torch.manual_seed(1)
     build_model(small(), ANY_TARGET).llm.save_pretrained(folder / "world" / "llm")
+    shutil.copytree(folder / "world" / "llm", folder / "world" / "coded")
+    code = json.loads((folder / "world" / "coded" / "config.json").read_text())
+    code["auto_map"] = {"AutoModelForCausalLM": "code.Model"}
+    (folder / "world" / "coded" / "config.json").write_text(json.dumps(code))
     torch.save(timm_tower().state_dict(), folder / "world" / "timm.pt")
     vision_tower().save_pretrained(folder / "world" / "siglip")
 
@@ -107,6 +112,8 @@ def small(*words: str) -> DictConfig:
     kept = [word for word in SMALL if word.partition("=")[0] not in keys]
     if "data=shards" in words:
         kept = [word for word in kept if not word.startswith(("data.probe.", "data.encoder_fit.", "data.cache_dir"))]
+    if "data=suite" in words:
+        kept = [word for word in kept if not word.startswith(("data.probe.", "data.sampling."))]
     return compose_overrides(train.CONF_DIR, [*kept, *words])
 
 
@@ -166,6 +173,15 @@ def forward(config: DictConfig) -> Any:
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     configs = [part.config for part in (model.llm, getattr(model.encoder, "tower", None)) if hasattr(part, "config")]
     return shapes, digest(logits_YW), len(calls), [config._attn_implementation for config in configs]
+
+
+def kept(config: DictConfig) -> Any:
+    """Bytes that answering keeps of the source tokens."""
+    model = _model(config)
+    with torch.no_grad():
+        prompt = model.prompt(_batch(config), keeps_keys=True)
+        model.run(prompt)
+    return prompt.context.cache_bytes()
 
 
 def pooled_in_training(config: DictConfig) -> Any:
@@ -296,6 +312,16 @@ def attributes(path: str) -> Probe:
     return build
 
 
+def cramped(config: DictConfig) -> str:
+    """Start train.py on a machine with a single byte of memory: how it ends."""
+    with mock.patch.object(fit, "_main_memory", lambda: 1):
+        try:
+            train.run(config)
+        except UserError as error:
+            return str(error)
+    return "done"
+
+
 def whole_run(config: DictConfig) -> Any:
     """Run train.py: how it ends, files it leaves and what they say, and every checkpoint it saves."""
     seen: list[Any] = []
@@ -330,6 +356,8 @@ def _content(path: Path) -> Any:
         return [json.loads(path.read_text())[name] for name in ("step", "monitor", "mode", "metric")]
     if path.name == "provenance.json":
         return json.loads(path.read_text())["seed"]
-    if path.name == "calibration.json":
+    if path.name == "metrics.json":
+        return json.loads(path.read_text()).get("prefill/samples")
+    if path.name in ("calibration.json", "cost.json"):
         return json.loads(path.read_text())
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.suffix == ".png" else None

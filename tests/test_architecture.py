@@ -157,7 +157,11 @@ def test_every_door_is_used() -> None:
 
 def test_what_is_imported_is_declared() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    lines = project["dependencies"] + project["optional-dependencies"]["xformers"]
+    lines = [
+        *project["dependencies"],
+        *project["optional-dependencies"]["xformers"],
+        *project["optional-dependencies"]["lora"],
+    ]
     declared = {re.match(r"[\w-]+", line).group().lower() for line in lines}
     libraries = {name.split(".")[0] for path in FILES for name in third_party(path)}
     assert {DISTRIBUTIONS.get(library, library) for library in libraries} - declared == set()

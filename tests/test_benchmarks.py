@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -12,6 +13,8 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+from tests.tars import clip
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 SMALL = (
@@ -156,6 +159,60 @@ def test_decode_prints_a_rate_for_every_reader(tmp_path: Path, monkeypatch: pyte
     assert done.returncode == 0, done.stderr
     rates = [re.split(r"\s{2,}", line)[1:] for line in done.stdout.splitlines()[1:]]
     assert len(rates) == 3 and all(float(rate) > 0 for row in rates for rate in row)
+
+
+def here(script: str, *words: str, patch: pytest.MonkeyPatch) -> None:
+    """Run a script in this process, which has paid for the imports already."""
+    patch.syspath_prepend(str(BENCHMARKS))
+    patch.setattr(sys, "argv", [script, *words])
+    import_module(script).main()
+
+
+def test_stream_prints_rates_of_both_sides(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "clips").mkdir()
+    (tmp_path / "clips" / "a.mp4").write_bytes(clip())
+    small = ("--count", "2", "--turns", "1", "--workers", "0", "--batch", "2", "--num-frames", "2")
+    table = tmp_path / "stream.json"
+    here("stream", "--clips", str(tmp_path / "clips"), *small, "--json", str(table), patch=monkeypatch)
+    rows = json.loads(table.read_text())
+    printed = [re.split(r"\s{2,}", line)[1:] for line in capsys.readouterr().out.splitlines()[2:]]
+    for row, cells in zip(rows.values(), printed, strict=True):
+        assert row["ratio"] == pytest.approx(row["clips_per_s"]["stream"] / row["clips_per_s"]["PyAV"])
+        assert [float(cell) for cell in cells[:2]] == pytest.approx(list(row["clips_per_s"].values()), abs=0.06)
+
+
+def test_index_scale_opens_what_it_wrote_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = ("--shards", "3", "--samples", "20", "--batches", "4", "--batch", "2", "--workers", "0")
+    here("index_scale", *small, "--dir", str(tmp_path), patch=monkeypatch)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("3 shards, 60 samples") and not list(tmp_path.iterdir())
+    rows = [line.split() for line in lines[5:-1]]
+    assert [int(row[0]) for row in rows] == [0, 1, 2, 3] and all(float(row[2]) > 10 for row in rows)
+    samples = [int(row[1]) for row in rows]
+    assert samples == sorted(samples) and samples[-1] > 4, "rows hold several"
+
+
+def test_kill_resume_kills_at_epoch_ends_and_sees_every_difference(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import kill_resume
+
+    (tmp_path / "steps").mkdir()
+    trained = [(0, 0, 0), (0, 1, 0), (1, 0, 0), (1, 1, 0), (2, 0, 1), (2, 1, 1), (1, 0, 0)]  # step 1 came again
+    lines = [json.dumps([*place, [f"s{number}"]]) for number, place in enumerate(trained)]
+    (tmp_path / "steps" / "rank-0.jsonl").write_text("\n".join(lines) + "\n")
+    assert kill_resume.epoch_ends(tmp_path) == [(1, 1)] and kill_resume.last_of(tmp_path) == (2, 1)
+    assert kill_resume.batches_of(tmp_path)[1, 0, 0] == (0, ["s6"])
+    assert len(kill_resume.arms()) == 16
+    one = {"a": [torch.ones(2), {"b": 1}], "train/seconds": 3.0}
+    assert kill_resume.different(one, {"a": [torch.ones(2), {"b": 1}], "train/seconds": 4.0}) == []
+    assert kill_resume.different(one, {"a": [torch.ones(2).double(), {"b": 2}]}) == ["/a/0", "/a/1/b"]
+    assert kill_resume.different(one, {"a": []}) == ["/a"]
 
 
 def test_gauges_leave_recomputing_out_and_see_memory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,15 @@ import pytest
 import torch
 
 from lightning_crosslmm.batch import prompts_for
-from lightning_crosslmm.looks import attention_maps
+from lightning_crosslmm.looks import attention_maps, sights
+from lightning_crosslmm.pooler import (
+    AveragePooler,
+    PerceiverPooler,
+    PrumergePooler,
+    StridedPooler,
+    TemporalMergePooler,
+    TomePooler,
+)
 from tests.tiny import tiny_batch, tiny_model
 
 BATCH = tiny_batch(["look", 3, "and", 1, "what?", "=cat"], ["nothing?", "=ok"], [2, "?", "=z"])
@@ -73,3 +81,72 @@ def test_looking_changes_neither_mode_nor_result(training):
     attention_maps(model, PROMPTS)
     assert model.training is training
     assert torch.equal(model(BATCH).logits_YW, before)
+
+
+def test_each_fused_layer_has_maps_of_its_own_and_their_mean_is_the_map():
+    model = tiny_model()
+    for sight, maps in zip(sights(model, PROMPTS), attention_maps(model, PROMPTS), strict=True):
+        assert set(sight.layers) == {(branch, layer) for branch in ("v2v", "t2v") for layer in (0, 2)}
+        for branch in ("v2v", "t2v"):
+            mean = (sight.layers[branch, 0] + sight.layers[branch, 2]) / 2
+            torch.testing.assert_close(maps[branch], mean)
+    first = sights(model, PROMPTS)[0]
+    assert not torch.allclose(first.layers["t2v", 0], first.layers["t2v", 2])
+    assert first.layers["t2v", 2].sum().item() == pytest.approx(1, abs=1e-5)
+
+
+def test_patches_that_merged_have_the_token_of_their_cell_and_samples_count_from_0():
+    first, without, last = (sight.pooling for sight in sights(tiny_model(pooler=AveragePooler(2)), PROMPTS))
+    cells = torch.tensor([[0, 0, 1, 1], [0, 0, 1, 1], [2, 2, 3, 3], [2, 2, 3, 3]])
+    for pooling, frames in ((first, 4), (last, 2)):
+        assert pooling.pooler == "AveragePooler"
+        assert torch.equal(pooling.token_FHW, torch.stack([cells + 4 * frame for frame in range(frames)]))
+        assert pooling.tokens_F.tolist() == [4] * frames and pooling.mass_P.tolist() == [4.0] * 4 * frames
+        assert pooling.patches_P.tolist() == [4] * 4 * frames
+        assert (pooling.strength_FHW == 1).all() and (pooling.holders_FHW == 1).all()
+    assert without.token_FHW.shape == (0, 4, 4) and len(without.mass_P) == 0
+
+
+def test_dropped_patches_have_no_token():
+    pooling = sights(tiny_model(pooler=StridedPooler(2)), PROMPTS)[0].pooling
+    kept = pooling.token_FHW >= 0
+    assert kept.sum().item() == len(pooling.mass_P) and (pooling.token_FHW == -1).sum().item() == 64 - kept.sum().item()
+    assert torch.equal(pooling.holders_FHW > 0, kept) and set(pooling.patches_P.tolist()) == {1}
+
+
+def test_tokens_of_several_frames_stand_at_the_first_and_show_in_all():
+    pooler = TemporalMergePooler(frames=3, rows=1)
+    pooling = sights(tiny_model(pooler=pooler), PROMPTS)[0].pooling  # a clip of 3 frames and an image
+    assert pooling.tokens_F.tolist() == [1, 0, 0, 1] and pooling.patches_P.tolist() == [48, 16]
+    assert [pooling.token_FHW[frame].unique().tolist() for frame in range(4)] == [[0], [0], [0], [1]]
+
+
+def test_a_patch_in_several_tokens_has_the_one_that_took_most_of_it():
+    model = tiny_model(pooler=PrumergePooler(saliency="received", ratio=0.25, neighbours=3))
+    with torch.no_grad():
+        pooled = model.encode(PROMPTS).pooled
+    shares, patches = pooled.source_map.weighted(), 64
+    part_PN = torch.zeros(shares.num_pooled, shares.num_sources)
+    part_PN[shares.pooled_E, shares.source_E] = shares.weight_E
+    pooling, num_tokens = sights(model, PROMPTS)[0].pooling, int(pooled.frame_offsets[4])
+    part_PN = part_PN[:num_tokens, :patches]
+    assert torch.equal(pooling.token_FHW.flatten(), (part_PN * pooled.mass_S[:num_tokens, None]).argmax(dim=0))
+    assert torch.equal(pooling.holders_FHW.flatten(), (part_PN > 0).sum(dim=0)) and (pooling.holders_FHW > 1).any()
+    assert torch.equal(pooling.patches_P, (part_PN > 0).sum(dim=1))
+    strength_PN = part_PN / part_PN.max(dim=1, keepdim=True).values
+    own = strength_PN.gather(0, pooling.token_FHW.flatten()[None])[0]
+    torch.testing.assert_close(pooling.strength_FHW.flatten(), own)
+
+
+def test_tokens_that_merged_inside_the_encoder_are_traced_to_patches():
+    pooling = sights(tiny_model(pooler=TomePooler(3)), PROMPTS)[0].pooling
+    assert torch.equal(torch.bincount(pooling.token_FHW.flatten()).float(), pooling.mass_P)
+
+
+def test_learned_queries_have_no_map_and_no_model_needs_fusion_to_tell():
+    pooler = PerceiverPooler(num_tokens=2, depth=1, heads=2, head_width=4)
+    pooling = sights(tiny_model(pooler=pooler), PROMPTS)[2].pooling
+    assert pooling.token_FHW is None and pooling.tokens_F.tolist() == [2, 2] and len(pooling.mass_P) == 4
+    alone = sights(tiny_model(v2v=False, t2v=False), PROMPTS)[0]
+    assert alone.layers == {} and alone.mean("v2v") is None and len(alone.pooling.mass_P) == 4
+    assert sights(tiny_model(), prompts_for(BATCH, [1]))[0].pooling is None

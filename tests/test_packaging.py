@@ -49,7 +49,8 @@ def test_the_wheel_ships_the_library_alone_and_all_of_it(names: list[str]) -> No
     assert {name.split("/")[0] for name in names} == {"lightning_crosslmm", meta}
     sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "lightning_crosslmm").rglob("*.py")}
     assert {name for name in names if name.endswith(".py")} == sources
-    assert {"lightning_crosslmm/py.typed", f"{meta}/licenses/LICENSE", f"{meta}/entry_points.txt"} <= set(names)
+    data = {"lightning_crosslmm/py.typed", "lightning_crosslmm/report/page.html"}
+    assert data | {f"{meta}/licenses/LICENSE", f"{meta}/entry_points.txt"} <= set(names)
 
 
 def test_check_wheel_contents_agrees(wheel: Path) -> None:

@@ -19,6 +19,7 @@ from lightning_crosslmm.batch import VideoBatch, prompts_for
 from lightning_crosslmm.decoding import Greedy
 from lightning_crosslmm.errors import UserError
 from lightning_crosslmm.fusion import Fusion
+from lightning_crosslmm.llm import Lora
 from lightning_crosslmm.model import ROLES, CrossLMM
 from lightning_crosslmm.module import CrossLMMModule
 from lightning_crosslmm.optim import OptimSettings
@@ -138,6 +139,8 @@ def module(
     checkpointing: bool = False,
     tied: bool = False,
     optim: type[OptimSettings] = OptimSettings,
+    fusion: dict[str, Any] | None = None,
+    lora: dict[str, Any] | None = None,
 ) -> CrossLMMModule:
     """A tiny model in a module, the same at every call; its shape alone where another process has the weights."""
     lightning.seed_everything(3, verbose=False)
@@ -146,9 +149,14 @@ def module(
             tiny_encoder(frames_per_chunk=2),
             Brightest() if pooler == "brightest" else AveragePooler(1),
             MLPProjector,
-            Fusion(v2v=True, t2v=True, interval=2, gate_init=0.5, frame_time="sinusoidal"),
+            Fusion(
+                **{"v2v": True, "t2v": True, "interval": 2, "gate_init": 0.5, "frame_time": "sinusoidal"}
+                | (fusion or {})
+            ),
             tiny_llm(tie_word_embeddings=tied),
         )
+        if lora is not None:
+            Lora(**lora).adapt(model.llm)
     lr = {role: None if role in frozen else 1e-2 for role in ROLES}
     return CrossLMMModule(model, TOKENIZER, optim(lr, weight_decay=0.1), Greedy(6), (), checkpointing)
 
@@ -226,9 +234,9 @@ ASKED = (
 )
 
 
-def answer(kind: str, world: int) -> dict[str, Any]:
+def answer(kind: str, world: int, **settings: Any) -> dict[str, Any]:
     """Compute, answer and look with what each rank has, which is not the same."""
-    run, pl_module = trainer(kind, world), module(kind)
+    run, pl_module = trainer(kind, world), module(kind, **settings)
     own = [tiny_batch(*ranks[rank()], seed=number) for number, ranks in enumerate(ASKED)]
     said = run.predict(pl_module, DataLoader(own, batch_size=None))
     model = pl_module.model.eval()

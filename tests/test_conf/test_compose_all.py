@@ -70,6 +70,7 @@ def test_it_builds(arm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     else:
         loads = config.encoder.get("weights") or config.encoder.get("pretrained") or config.llm.model.weights
         assert isinstance(build(config), CrossLMM)
+        loads = loads or config.llm.tokenizer is None  # they come with init_from
         assert loads or forward(config)
         assert isinstance(instantiate(config.optim, ANY_TARGET), OptimSettings)
 

@@ -16,9 +16,11 @@ from tests.probes import (
     attributes,
     batches,
     changed,
+    cramped,
     damaged,
     fetches,
     forward,
+    kept,
     make_world,
     observe,
     optimizer,
@@ -65,7 +67,20 @@ SHARDS = (
     "data.global_batch_size=2",
     "data.window_shards=2",
 )
+SUITE = (
+    "data=suite",
+    "data.suite.clips={train: 1, val: 1, test: 1}",
+    "data.suite.frames={train: [6], val: [6], test: [6]}",
+)
 DAMAGED = (*SHARDS[:1], "data.train=train", "data.val=null", *SHARDS[3:], "trainer.limit_val_batches=0")
+TURNING = (
+    "llm=qwen2_0_5b",
+    "llm.model.weights=null",
+    "llm.model.config.hidden_size=32",
+    "llm.model.config.intermediate_size=32",
+    "llm.model.config.num_hidden_layers=1",
+    "llm.model.config.num_attention_heads=2",
+)
 AXES = ("rows", "columns")
 GRID = {"rows": (2, forward), "columns": (2, forward), "stage": ("after_projector", forward)}
 SALIENT = {"saliency": ("probe", forward), "stage": GRID["stage"]}
@@ -91,6 +106,7 @@ TABLE: dict[tuple[str, ...], dict[str, tuple[Any, Probe]]] = {
         "resume": ("nowhere", refusal(whole_run)),
         "init_from": ("nowhere", refusal(whole_run)),
         "gradient_checkpointing": (True, whole_run),
+        "check_memory": (False, cramped),
         "encoder.name": ("deit3_small_patch16_224", forward),
         "encoder.stem": ("patch", forward),
         "encoder.image_size": (64, forward),
@@ -118,12 +134,16 @@ TABLE: dict[tuple[str, ...], dict[str, tuple[Any, Probe]]] = {
         "fusion.gate_init": (0.25, forward),
         "fusion.weights": ("host", forward),
         "fusion.share_kv": (True, forward),
+        "fusion.layers_per_kv": ("all", forward),
+        "fusion.kv_latent": (8, forward),
+        "fusion.t2v_cache": ("int8", kept),
         "fusion.frame_time": ("none", forward),
         "fusion.backend": ("varlen", refusal(forward)),  # needs CUDA, and says so
         "llm.tokenizer": ("../world/tokenizer", batches),
         "llm.fusion.interval": (3, forward),
         "llm.fusion.gate_init": (0.25, forward),
         "llm.fusion.frame_time": ("none", forward),
+        "llm.lora": ({"rank": 2}, optimizer),
         "llm.model.weights": ("../world/llm", forward),
         "llm.model.attention": ("eager", forward),
         "llm.model.config.model_type": ("llama", forward),
@@ -180,7 +200,11 @@ TABLE: dict[tuple[str, ...], dict[str, tuple[Any, Probe]]] = {
         "callbacks.run_record.seed": (5, whole_run),
         "callbacks.curves.train_window": (1, whole_run),
         "callbacks.attention_picture.num_clips": (1, whole_run),
+        "callbacks.token_picture.num_clips": (1, attributes("callbacks.token_picture")),
+        "callbacks.needle_map.depth_bins": (2, attributes("callbacks.needle_map")),
+        "callbacks.prefill_cost.num_samples": (1, whole_run),
         "callbacks.random_state.seed": (5, whole_run),
+        "callbacks.cost_card.gpu": ("h200", whole_run),
         "callbacks.preemption.time_limit_s": (1e-6, whole_run),
         "callbacks.checkpoints.every_n_steps": (1, whole_run),
         "callbacks.checkpoints.keep_best": (0, whole_run),
@@ -214,6 +238,32 @@ TABLE: dict[tuple[str, ...], dict[str, tuple[Any, Probe]]] = {
     },
     ("data=shards", "data.storage.cache_dir=cache"): {"data.storage.cache_bytes": (999, fetches)},
     (*SHARDS, *AT_A_RATE): under("data", RATE),
+    SUITE: under("data", {path: entry for path, entry in STREAM.items() if not path.startswith("sampling.")})
+    | under("data.suite", {f"clips.{split}": (2, splits) for split in ("train", "val", "test")})
+    | under("data.suite", {f"frames.{split}": ([7], splits) for split in ("train", "val", "test")})
+    | under("data.suite", {"image_size": (32, batches), "noise": (0.5, batches), "seed": (1, batches)})
+    | under("data.difficulty.needle", {"needles": (2, batches), "others": (2, batches)})
+    | under("data.difficulty.patch", {"size": (0.25, batches), "edits": (2, batches), "things": (1, batches)})
+    | under("data.difficulty.order", {"events": (2, batches), "places": (1, batches)})
+    | under("data.difficulty.count", {"most": (2, batches), "asked": (1, batches), "things": (4, batches)})
+    | under("data.difficulty.motion", {"movers": (1, batches), "speed": (0.25, batches)})
+    | under("data.difficulty.select", {"things": (3, batches)})
+    | under("data.difficulty.recall", {"keys": (2, batches), "pairs": (1, batches)})
+    | {
+        f"data.encoder_fit.{name}": (value, warm_start)
+        for name, value in (("steps", 3), ("batch_size", 3), ("lr", 1e-2))
+    }
+    | {
+        "data.tasks": (["motion", "needle", "count", "select"], batches),
+        "data.cache_dir": ("cache", splits),
+        "data.suite.form": ("choice", batches),
+        "data.max_bad_fraction": (2.0, refusal(splits)),
+    },
+    (*SUITE[:1], "data.suite.clips={train: 2, val: 1, test: 1}", "data.tasks=[needle]"): {
+        "data.suite.clips_per_shard": (1, splits)
+    },
+    (*SUITE, "data.num_workers=1"): {"data.prefetch_batches": (3, batches), "data.worker_start": ("fork", batches)},
+    (*SUITE, "data.pack_tokens=200"): {"data.bytes_per_token": (4.0, batches)},
     (*SHARDS, "data.num_workers=1"): {"data.prefetch_batches": (3, batches), "data.worker_start": ("fork", batches)},
     (*SHARDS, "data.pack_tokens=100"): {"data.bytes_per_token": (4.0, batches)},
     (*SHARDS, "data.sampling.num_frames=1"): {"data.sampling.jitter": (True, batches)},
@@ -291,6 +341,11 @@ TABLE: dict[tuple[str, ...], dict[str, tuple[Any, Probe]]] = {
     ),
     ("pooler=tokenpacker",): under("pooler", WINDOWS),
     ("pooler=quecc",): under("pooler", WINDOWS),
+    ("pooler=llava_onevision",): {"pooler.max_tiles": (0, refusal(forward))},  # what it does to tiles: test_pooler
+    ("llm.model.weights=../world/coded",): {
+        "llm.model.trust_remote_code": (True, refusal(forward))
+    },  # which is not there
+    TURNING: {"llm.model.config.rope_parameters.rope_theta": (100.0, forward)},
     ("pooler=llava_mini",): under(
         "pooler", {name: (2, forward) for name in ("side", "heads", "fusion_layers", "fusion_heads")}
     ),
@@ -319,6 +374,12 @@ TABLE: dict[tuple[str, ...], dict[str, tuple[Any, Probe]]] = {
     },
     ("pooler=none", "pooler._target_=tests.poolers.Heavy"): {"check_pooler": (True, refusal(forward))},
     ("llm=qwen3_tiny",): {"llm.model.config.head_dim": (16, forward)},
+    ("experiment=lora",): {
+        "llm.lora.rank": (4, whole_run),
+        "llm.lora.alpha": (64, whole_run),
+        "llm.lora.dropout": (0.5, whole_run),
+        "llm.lora.targets": (["q_proj"], optimizer),
+    },
     ("decoding=sampling",): {
         "decoding.max_new_tokens": (2, answers),
         "decoding.temperature": (9.0, answers),
