@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lightning_crosslmm.batch import VideoBatch, blank_prompt, prompts_for
+from lightning_crosslmm.batch import VISUAL_MARK, VideoBatch, blank_prompt, prompts_for
 from lightning_crosslmm.decoding import Greedy
 from lightning_crosslmm.model import CrossLMM
 
@@ -115,16 +115,16 @@ def prefill_cost(model: CrossLMM, prompts: VideoBatch, device: torch.device) -> 
     Returns:
         The numbers that `PrefillCost` lists.
     """
+    decoding = _Counting(max_new_tokens=1)
 
     def call() -> None:
-        model.generate(prompts, Greedy(max_new_tokens=1), stop_id=0, pad_id=0)
+        model.generate(prompts, decoding, stop_id=0, pad_id=0)
 
     training = [part for part in model.modules() if part.training]
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         model.eval()
         try:
-            layout = model.prompt(prompts, pad_left=True).layout
             peak_bytes = _peak_bytes(call, device)
             times_s = [_seconds(call, device) for _ in range(WARM_UPS + REPEATS)][WARM_UPS:]
         finally:
@@ -134,11 +134,23 @@ def prefill_cost(model: CrossLMM, prompts: VideoBatch, device: torch.device) -> 
         "time_s": statistics.median(times_s) / prompts.num_samples,
         "peak_bytes": float(peak_bytes),
         "samples": float(prompts.num_samples),
-        "llm_tokens": float((layout.sample_RT >= 0).sum()) / prompts.num_samples,
+        "llm_tokens": decoding.read / prompts.num_samples,
     }
     if len(prompts.frames_FCHW):
-        found["pooled_per_frame"] = len(layout.pooled_position_P) / len(prompts.frames_FCHW)
+        text_tokens = int((prompts.ids_L != VISUAL_MARK).sum())
+        found["pooled_per_frame"] = (decoding.read - text_tokens) / len(prompts.frames_FCHW)
     return {f"prefill/{name}": value for name, value in found.items()}
+
+
+class _Counting(Greedy):
+    """Notes how many tokens the LLM was given, where weights are gathered for it and cannot be asked elsewhere."""
+
+    read = 0
+
+    def generate(self, llm: Any, embeds_RTD: Tensor, attention_mask_RT: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Count and go on."""
+        self.read = int(attention_mask_RT.sum())
+        return super().generate(llm, embeds_RTD, attention_mask_RT, *args, **kwargs)
 
 
 def _seconds(call: Callable[[], None], device: torch.device) -> float:

@@ -29,7 +29,9 @@ def in_pieces(work: Callable[[Tensor], tuple[Tensor, ...]], pieces: Sequence[Ten
     Returns:
         What `work` would give for all rows at once.
     """
-    if torch.is_grad_enabled() or len(pieces) == 1:
+    if len(pieces) == 1:
+        return work(pieces[0])
+    if torch.is_grad_enabled():
         return tuple(torch.cat(parts) for parts in zip(*(work(piece) for piece in pieces), strict=True))
     num_rows, end = sum(map(len, pieces)), 0
     whole: tuple[Tensor, ...] = ()

@@ -23,6 +23,7 @@ import lightning
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
+from transformers import SiglipVisionConfig, SiglipVisionModel
 
 import train
 from callbacks import checkpoints
@@ -90,7 +91,8 @@ def timm_tower() -> nn.Module:
 
 def vision_tower() -> nn.Module:
     """The tower of a small SigLIP, whole."""
-    return instantiate(small(*SIGLIP, "encoder.layer=-1").encoder, ANY_TARGET).tower
+    geometry = OmegaConf.to_container(small(*SIGLIP).encoder.config)
+    return SiglipVisionModel(SiglipVisionConfig(**geometry, image_size=32))
 
 
 SIGLIP = (

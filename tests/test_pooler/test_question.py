@@ -17,6 +17,7 @@ from lightning_crosslmm.pooler import (
     SmsPooler,
     VisionzipPooler,
 )
+from lightning_crosslmm.visuals import questions_of
 from tests.arms import CLOSE, generated, logits
 from tests.test_model.test_generation import with_answers
 from tests.tiny import tiny_batch, tiny_encoder, tiny_model
@@ -45,7 +46,7 @@ def model_with(name, **settings):
 
 def visuals_of(model, batch):
     with torch.no_grad():
-        return model.encode(batch, model._questions(batch))
+        return model.encode(batch, questions_of(batch, model.llm, model.pooler.needs))
 
 
 def changed(batch, places):
@@ -135,7 +136,7 @@ def test_summaries_read_no_fused_layer():
     """The question is read by the LLM alone, so that V2V and T2V are not asked for visuals that are not there yet."""
     plain, fused = model_with("quecc", v2v=False, t2v=False), model_with("quecc")
     fused.llm.load_state_dict(plain.llm.state_dict(), strict=False)
-    expected, found = (model._questions(BATCH).summary_BD for model in (plain, fused))
+    expected, found = (questions_of(BATCH, model.llm, model.pooler.needs).summary_BD for model in (plain, fused))
     torch.testing.assert_close(found, expected, **CLOSE)
     assert not found.requires_grad
 
