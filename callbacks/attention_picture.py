@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from lightning_crosslmm.batch import VideoBatch
-from lightning_crosslmm.contact_sheet import plain, said, save
+from lightning_crosslmm.contact_sheet import plain, save
 from lightning_crosslmm.looks import Look
 
 MAX_FRAMES = 8
@@ -69,7 +69,8 @@ def draw_looks(looks: Sequence[Look], path: Path) -> Figure:
         frames_FCHW = look.frames_FCHW[shown].cpu()
         axes.imshow(_side_by_side(frames_FCHW).numpy())
         if heat_FHW is None:
-            axes.set_title(plain(said(look), 150), fontsize=9, loc="left")
+            said = f"asked: {look.question}   right: {look.expected}   model: {look.answer}"
+            axes.set_title(plain(said, 150), fontsize=9, loc="left")
         else:
             heat_FCHW = heat_FHW[shown].detach().float().cpu()[:, None]
             heat_FCHW = interpolate(heat_FCHW, size=frames_FCHW.shape[-2:], mode="bilinear")

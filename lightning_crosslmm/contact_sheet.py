@@ -28,7 +28,7 @@ from lightning_crosslmm.token_pictures import (
 )
 from lightning_crosslmm.video import encode_video
 
-LEAST_COLUMNS, CELL_IN, SHEET_DPI, SHEET_PIXELS = 8, 1.9, 150, 60e6
+LEAST_COLUMNS, CELL_IN, SHEET_DPI, SHEET_PIXELS = 8, 1.9, 150, 24e6
 """Frames side by side before they wrap, inches of each, dots per inch, and the most pixels of a sheet."""
 
 PANEL_IN, VIDEO_DPI = 4.2, 100
@@ -63,26 +63,28 @@ def draw_sheet(looks: Sequence[Look], path: Path) -> Figure:
     """
     rows = [row for look in looks for row in _rows(look)]
     columns = max(len(row.pictures) for row in rows)
-    width, height = 0.9 + CELL_IN * columns, 0.5 * len(looks) + sum(CELL_IN + 0.2 for _ in rows)
+    width, height = 0.7 + (CELL_IN + 0.08) * columns, 0.65 * len(looks) + sum(map(_height_in, rows))
     figure = Figure(figsize=(max(width, 7.5), height), layout="compressed")
     FigureCanvasAgg(figure)
     for axes, row in zip(figure.subplots(len(rows), squeeze=False)[:, 0], rows, strict=True):
         _draw_row(axes, row, columns)
-    save(figure, path, min(SHEET_DPI, math.sqrt(SHEET_PIXELS / (width * height))))
+    save(figure, path, min(SHEET_DPI, math.sqrt(SHEET_PIXELS / (width * height))), bbox_inches="tight")
     return figure
+
+
+def _height_in(row: _Row) -> float:
+    return CELL_IN + 0.08 + 0.18 * any(row.below) + 0.18 * (row.legend is not None)
 
 
 def _rows(look: Look) -> list[_Row]:
     strips, pooling = _strips(look), look.sight.pooling
-    title = plain(f"{look.key}: {said(look)}" if look.question else look.key, 150)
-    if pooling is not None:
-        title = f"{title}\n{summary(pooling)}"
     num_frames, has_map = len(look.frames_FCHW), pooling is None or pooling.token_FHW is not None
+    lines = math.ceil(num_frames / max(LEAST_COLUMNS, math.sqrt(len(strips) * num_frames / 2)))
+    columns = len(strips) if num_frames == 1 else math.ceil(num_frames / lines)
+    title = _head(look, max(90, 24 * columns))
     if num_frames == 1:
         names = [name if has_map or name != "tokens" else "tokens: no map" for name, _ in strips]
         return [_Row([pictures[0] for _, pictures in strips], names, "", title, pooling)]
-    lines = math.ceil(num_frames / max(LEAST_COLUMNS, math.sqrt(len(strips) * num_frames / 2)))
-    columns = math.ceil(num_frames / lines)
     rows = []
     for start in range(0, num_frames, columns):
         shown = range(start, min(start + columns, num_frames))
@@ -101,14 +103,19 @@ def _rows(look: Look) -> list[_Row]:
 
 def _strips(look: Look) -> list[tuple[str, Tensor]]:
     """Pictures (F, H, W, C) of each kind that a sample has, with a name."""
-    strips = [("frames", enlarge(look.frames_FCHW).permute(0, 2, 3, 1))]
-    if look.sight.pooling is not None:
-        strips.append(("tokens", paint_tokens(look.frames_FCHW, look.sight.pooling)))
+    strips = _frames_and_tokens(look)
     for branch, word in BRANCHES.items():
         for (name, layer), heat_FHW in sorted(look.sight.layers.items()):
             if name == branch:
-                label = f"{word}, layer {layer}\npeak {100 * heat_FHW.max().item():.2g} %"
+                label = f"{word}, layer {layer}\npeak {100 * heat_FHW.max().item():.3g} %"
                 strips.append((label, paint_heat(look.frames_FCHW, heat_FHW)))
+    return strips
+
+
+def _frames_and_tokens(look: Look) -> list[tuple[str, Tensor]]:
+    strips = [("frames", enlarge(look.frames_FCHW).permute(0, 2, 3, 1))]
+    if look.sight.pooling is not None:
+        strips.append(("tokens", paint_tokens(look.frames_FCHW, look.sight.pooling)))
     return strips
 
 
@@ -168,7 +175,7 @@ def summary(pooling: Pooling) -> str:
         return counts
     least, most = pooling.mass_P.min().item(), pooling.mass_P.max().item()
     mass = f"{least:.3g}" if math.isclose(least, most) else f"{least:.3g} to {most:.3g}"
-    total = f"mass {mass}, {pooling.mass_P.sum().item():.4g} in all"
+    total = f"mass {mass}, {pooling.mass_P.sum().item():.6g} in all"
     return "; ".join([f"{counts}, {' and '.join(words)}" if words else counts, *left, total])
 
 
@@ -179,17 +186,16 @@ def draw_video(look: Look, path: Path) -> None:
         look: with frames.
         path: the mp4 to write.
     """
-    panels = [strip for strip in _strips(look)[:2] if strip[0] in ("frames", "tokens")]
+    panels = _frames_and_tokens(look)
     for word, heat_FHW in (("V2V", look.v2v_FHW), ("T2V", look.t2v_FHW)):
         if heat_FHW is not None:
             panels.append((f"{word}, mean of layers", paint_heat(look.frames_FCHW, heat_FHW)))
     figure = Figure(figsize=(PANEL_IN * len(panels), PANEL_IN + 0.8), dpi=VIDEO_DPI)
-    canvas, pooling = FigureCanvasAgg(figure), look.sight.pooling
+    canvas = FigureCanvasAgg(figure)
     every_axes = figure.subplots(1, len(panels), squeeze=False)[0]
     figure.subplots_adjust(left=0.01, right=0.99, bottom=0.02, top=0.82, wspace=0.03)
     images = [axes.imshow(pictures[0].numpy()) for axes, (_, pictures) in zip(every_axes, panels, strict=True)]
-    head = plain(f"{look.key}: {said(look)}" if look.question else look.key, 42 * len(panels))
-    figure.suptitle(head if pooling is None else f"{head}\n{summary(pooling)}", fontsize=10, x=0.01, ha="left")
+    figure.suptitle(_head(look, 50 * len(panels)), fontsize=10, x=0.01, ha="left")
     drawn = []
     for frame in range(len(look.frames_FCHW)):
         for axes, image, (name, pictures) in zip(every_axes, images, panels, strict=True):
@@ -217,12 +223,15 @@ def _panel_title(look: Look, name: str, frame: int) -> str:
     return name
 
 
-def said(look: Look) -> str:
-    """Tell question and answers of a sample; nothing where nothing was asked."""
-    words = [f"asked: {look.question}"] if look.question else []
-    words += [f"right: {look.expected}"] if look.expected is not None and look.question else []
-    words += [f"model: {look.answer}"] if look.question else []
-    return "   ".join(words)
+def _head(look: Look, width: int) -> str:
+    """Lines about a sample: what was asked, what was answered, and what became of its patches."""
+    lines = [f"{look.key}: asked: {look.question}" if look.question else look.key]
+    if look.question:
+        lines.append(
+            f"model: {look.answer}" if look.expected is None else f"right: {look.expected} model: {look.answer}"
+        )
+    about = [] if look.sight.pooling is None else [summary(look.sight.pooling)]
+    return "\n".join([plain(line, width) for line in lines] + about)
 
 
 def plain(text: str, width: int) -> str:
@@ -231,11 +240,11 @@ def plain(text: str, width: int) -> str:
     return shorten(text, width, placeholder="...").replace("$", r"\$")
 
 
-def save(figure: Figure, path: Path, dpi: float) -> None:
+def save(figure: Figure, path: Path, dpi: float, bbox_inches: str | None = None) -> None:
     """Write a figure as a whole file; characters that its font lacks stay boxes, without a warning."""
     with replacing(path) as part, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from font")  # questions may be in any script
-        figure.savefig(part, dpi=dpi)
+        figure.savefig(part, dpi=dpi, bbox_inches=bbox_inches)
 
 
 def _count(number: int, noun: str) -> str:

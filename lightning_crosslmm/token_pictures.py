@@ -104,7 +104,8 @@ def paint_tokens(frames_FCHW: Tensor, pooling: Pooling) -> Tensor:
     # a last place catches the -1 of dropped patches
     colours_P3 = torch.cat([colours_P3, colours_P3.new_zeros(1, 3)]).float()
     is_merged_P = torch.cat([is_merged_P, is_merged_P.new_zeros(1)])
-    line = max(1, min(frames_FHWC.shape[1:3]) // 128)
+    side, patches = min(frames_FHWC.shape[1:3]), max(pooling.token_FHW.shape[1:])
+    line = max(1, min(side // 128, side // (8 * patches)))
     painted = []
     for frame_HWC, token_HW, strength_HW in zip(frames_FHWC, pooling.token_FHW, pooling.strength_FHW, strict=True):
         owner_HW, weight_HW = (_on_pixels(each, frame_HWC.shape[:2]) for each in (token_HW, strength_HW))
