@@ -17,7 +17,7 @@ quickstart: $(ENVIRONMENT) ## install, then train the small model on the probe t
 	$(PYTHON) train.py
 
 test: $(ENVIRONMENT) ## run every test
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest -n 2 --dist loadfile
 
 lint: $(ENVIRONMENT) ## ruff: style, docstrings, format
 	$(PYTHON) -m ruff check .

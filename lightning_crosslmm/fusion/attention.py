@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from lightning_crosslmm.errors import UserError, nearest
+from lightning_crosslmm.fusion.fastest import FASTEST
 
 log = logging.getLogger(__name__)
 
@@ -156,14 +157,26 @@ def cross_attention(
 def choose_backend(device_type: str, dtype: torch.dtype, head_width: int) -> str:
     """Choose what `auto` means for a device and dtype, and log it once.
 
-    On the CPU sdpa is the only one that runs. On CUDA the variable-length kernel reads ragged groups without padding;
-    it takes half precision and heads of at most 256 channels that are a multiple of 8, anything else goes to sdpa.
+    What `benchmarks/attention.py` found fastest on this device, where it was asked (`FASTEST`). Else, on the CPU, sdpa
+    is the only one that runs. On CUDA the variable-length kernel reads ragged groups without padding; it takes half
+    precision and heads of at most 256 channels that are a multiple of 8, anything else goes to sdpa.
     """
     half = dtype in (torch.float16, torch.bfloat16)
     fits = device_type == "cuda" and half and head_width % 8 == 0 and head_width <= 256
-    chosen = "varlen" if fits and _has_varlen() else "sdpa"
+    runs = {
+        "sdpa",
+        *(["varlen"] if fits and _has_varlen() else []),
+        *(["xformers"] if fits and _has_xformers() else []),
+    }
+    measured = FASTEST.get((device_name(device_type), str(dtype).removeprefix("torch."), head_width))
+    chosen = measured if measured in runs else "varlen" if "varlen" in runs else "sdpa"
     log.info("cross-attention backend: %s (%s, %s, %d channels per head)", chosen, device_type, dtype, head_width)
     return chosen
+
+
+def device_name(device_type: str) -> str:
+    """Name a kind of device as `FASTEST` does: ``cpu``, or what the GPU is called."""
+    return torch.cuda.get_device_name() if device_type == "cuda" and torch.cuda.is_available() else device_type
 
 
 def attention_weights(query_QHK: Tensor, key_SAK: Tensor, spans: Spans) -> list[Tensor]:
@@ -238,7 +251,7 @@ def _varlen(query_QHK: Tensor, key_SAK: Tensor, value_SAK: Tensor, spans: Spans)
 
 
 def _xformers(query_QHK: Tensor, key_SAK: Tensor, value_SAK: Tensor, spans: Spans) -> Tensor:
-    if query_QHK.device.type != "cuda" or importlib.util.find_spec("xformers") is None:
+    if query_QHK.device.type != "cuda" or not _has_xformers():
         raise UserError("fusion.backend=xformers needs CUDA and the xformers package (0.0.35); use fusion.backend=sdpa")
     from xformers.ops import fmha
 
@@ -259,3 +272,8 @@ _FUNCTIONS = {"sdpa": _sdpa, "varlen": _varlen, "xformers": _xformers, "referenc
 @functools.cache
 def _has_varlen() -> bool:
     return importlib.util.find_spec("torch.nn.attention.varlen") is not None
+
+
+@functools.cache
+def _has_xformers() -> bool:
+    return importlib.util.find_spec("xformers") is not None
