@@ -8,45 +8,24 @@ Axis letters:
 from collections.abc import Sequence
 from pathlib import Path
 
-import lightning
-from lightning.pytorch.utilities.types import STEP_OUTPUT
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from lightning_crosslmm.batch import VideoBatch
+from callbacks.look_picture import LookPicture
 from lightning_crosslmm.contact_sheet import plain, save
 from lightning_crosslmm.looks import Look
 
 MAX_FRAMES = 8
 
 
-class AttentionPicture(lightning.Callback):
-    """Draw the first clips of every validation; ``pl_module.looks(batch, limit)`` tells where the model looked.
+class AttentionPicture(LookPicture):
+    """Draw frames of the first clips with where both branches looked."""
 
-    Args:
-        num_clips: how many clips, at least 1 and at most the first validation batch has.
-    """
-
-    def __init__(self, num_clips: int) -> None:
-        self.num_clips = num_clips
-
-    def on_validation_batch_end(
-        self,
-        trainer: lightning.Trainer,
-        pl_module: lightning.LightningModule,
-        outputs: STEP_OUTPUT,
-        batch: VideoBatch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Look at the first batch. Every process does, because layers may be sharded; the first one draws."""
-        if batch_idx or trainer.sanity_checking:
-            return
-        looks = [look for look in pl_module.looks(batch, self.num_clips) if len(look.frames_FCHW)]
-        if looks and trainer.is_global_zero:
-            draw_looks(looks, Path(trainer.default_root_dir) / "attention.png")
+    def draw(self, looks: Sequence[Look], run_dir: Path) -> None:
+        """Write ``attention.png``."""
+        draw_looks(looks, run_dir / "attention.png")
 
 
 def draw_looks(looks: Sequence[Look], path: Path) -> Figure:
