@@ -46,9 +46,11 @@ class CostCard(lightning.Callback):
         if self._is_written or trainer.sanity_checking or trainer.state.fn != "fit" or not len(batch.frames_FCHW):
             return
         self._is_written = True
-        # every process must run the encoder, where they share the weights; the first one writes
-        with trainer.precision_plugin.forward_context():
-            counts_F = pooled_per_frame(pl_module.model, batch)
+        # where weights are shared out, the encoder runs only within the model's own calls, and alike on all processes
+        counts_F = None
+        if pl_module.model.most is None:
+            with trainer.precision_plugin.forward_context():
+                counts_F = pooled_per_frame(pl_module.model, batch)
         self._write(Path(trainer.default_root_dir), batch, counts_F)
 
     @rank_zero_only
