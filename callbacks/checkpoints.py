@@ -111,6 +111,7 @@ class Checkpoints(Checkpoint):
                 f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches} batches; validation amid "
                 "accumulation would measure what cannot be saved"
             )
+        _begin_next_epoch(trainer.fit_loop)
         self._log_pending(trainer)
 
     def on_train_batch_end(
@@ -247,6 +248,16 @@ class Checkpoints(Checkpoint):
         best = rank_checkpoints(list_checkpoints(self._run_dir)[0])[: self.keep_best]
         quality = -metric if self.mode == "min" else metric
         return len(best) < self.keep_best or any(quality > (each.quality or 0.0) for each in best)
+
+
+def _begin_next_epoch(loop: Any) -> None:
+    """Let a run that was saved at the last batch of an epoch count the next one, and call the hooks of its start.
+
+    On restoring such a state Lightning closes the epoch, but still takes itself to be amid it.
+    """
+    epochs = loop.epoch_progress.total
+    if loop.restarted_mid_epoch and epochs.completed == epochs.ready:
+        loop.reset_restart_stage()
 
 
 def validation_follows(trainer: lightning.Trainer) -> bool:
