@@ -6,7 +6,8 @@
 
 The tower is SigLIP so400m's, from random weights. A pooler's own time is that of its forward pass, plus, where it asks
 for saliency or keys, what the last block takes longer when they are noted, plus, where it acts between the blocks, the
-time spent in its hook. Towers run frame by frame, so their time is measured on `--tower-frames` and scaled to all.
+time spent in its hook. Towers run frame by frame, so their time is measured on `--tower-frames` and scaled to all. On a
+CPU all is the process's own time on one thread: other work on the machine does not count.
 
 Axis letters:
     F  frames    C H W  channels, pixel rows, pixel columns    N  patches per frame    E  encoder width    D  LLM width
@@ -15,6 +16,7 @@ Axis letters:
 import argparse
 import statistics
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,7 +122,7 @@ class Bench:
         self.frames, self.turns = chosen.frames, chosen.turns
         self.tower_frames = min(chosen.tower_frames, chosen.frames)
         self.config, self.blocks = config, chosen.blocks
-        self.watch, self.scale = Stopwatch(self.device), self.frames / self.tower_frames
+        self.watch, self.scale = Stopwatch(self.device, time.process_time), self.frames / self.tower_frames
         self.tower, side = self.encoder(chosen.blocks), config.encoder.image_size
         self.pixels_FCHW = torch.randint(0, 256, (self.tower_frames, 3, side, side), dtype=torch.uint8).to(self.device)
         self.tower_ms = self.time_ms(lambda: self.tower(self.pixels_FCHW)) * self.scale
@@ -201,7 +203,7 @@ class Bench:
         pooler.enter(self.tower.facts())
         pooler.connect(self.tower.width, LLM_WIDTH, self.tower.grid)
         pooler.to(self.device, self.dtype).eval()
-        watch, spent_ms, left = Stopwatch(self.device), [], 0.0
+        watch, spent_ms, left = Stopwatch(self.device, time.process_time), [], 0.0
         nothing = self.set_of(self.patches_FNE[: self.tower_frames, :, :0])
 
         def run() -> None:
@@ -257,6 +259,7 @@ def main() -> int:
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--check", action="store_true", help="hold the project's bar against it")
     chosen = parser.parse_args()
+    torch.set_num_threads(1)
     try:
         config = compose_overrides(CONF_DIR, ["encoder=siglip2_so400m", "encoder.weights=null"])
         with torch.inference_mode():

@@ -19,6 +19,8 @@ from lightning_crosslmm.pooler.window_attention import sample_of_frame
 from lightning_crosslmm.taps import Questions
 from lightning_crosslmm.tokens import Opaque, TokenSet, compose, frame_in_visual, grid_coordinates
 
+MOST_ROWS = 8192  # of the layers at a time, where no gradient keeps what lies between
+
 
 class LlavaMiniPooler(Pooler):
     """Compress each frame by learned queries, and fuse all of its patches into the question before the LLM.
@@ -96,12 +98,23 @@ class LlavaMiniPooler(Pooler):
         text_FqD = text_FqD.index_put((frame_X, place_X), questions.features_QD[token_X])
         # padding stands last, where a causal layer lets nothing see it
         hidden_FTD = torch.cat([projected_FND, compressed_FcD, text_FqD], dim=1)
-        for layer in self.layers:
-            hidden_FTD = layer(hidden_FTD)
-        patches, count = patches_FNE.shape[1], self.side**2
-        seen_XD = hidden_FTD[frame_X, patches + count + place_X]
-        question_QD = _mean_by(questions.features_QD, token_X, seen_XD, count_Q)
-        return self._set(tokens, hidden_FTD[:, patches : patches + count]), question_QD
+        count = self.side**2
+        left_FtD = self._fused(hidden_FTD, patches_FNE.shape[1])
+        question_QD = _mean_by(questions.features_QD, token_X, left_FtD[frame_X, count + place_X], count_Q)
+        return self._set(tokens, left_FtD[:, :count]), question_QD
+
+    def _fused(self, hidden_FTD: Tensor, patches: int) -> Tensor:
+        """Run the layers, and leave what follows the patches."""
+        if not torch.is_grad_enabled():  # frames do not see one another, and a few at a time need less memory
+            pieces = hidden_FTD.split(max(1, MOST_ROWS // hidden_FTD.shape[1]))
+        else:
+            pieces = (hidden_FTD,)
+        left = []
+        for piece_FTD in pieces:
+            for layer in self.layers:
+                piece_FTD = layer(piece_FTD)
+            left.append(piece_FTD[:, patches:].clone())
+        return torch.cat(left)
 
     def _compress(self, patches_FNE: Tensor) -> Tensor:
         value_FNE = self.patch_norm(patches_FNE)

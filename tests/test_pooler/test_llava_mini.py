@@ -104,6 +104,17 @@ def test_it_does_what_the_formulas_say(dtype, side):
     assert torch.equal(question_QD[2], given(dtype)[1].features_QD[2]), "no visual, no change"
 
 
+@torch.no_grad()
+def test_frames_may_run_a_few_at_a_time(monkeypatch):
+    pooler, (tokens, questions) = built(), given()
+    whole, question_QD = pooler(tokens, questions=questions)
+    for most in (1, 40):  # a frame has 12 patches, 4 compressed tokens and 3 of text
+        monkeypatch.setattr("lightning_crosslmm.pooler.llava_mini.MOST_ROWS", most)
+        pieces, again_QD = pooler(tokens, questions=questions)
+        torch.testing.assert_close(pieces.features_SD, whole.features_SD, rtol=0, atol=1e-12)
+        torch.testing.assert_close(again_QD, question_QD, rtol=0, atol=1e-12)
+
+
 def test_a_visual_marked_after_the_answer_does_not_reach_the_question():
     pooler = built()
     tokens, questions = given(asked=torch.tensor([True, False, False]))
