@@ -157,7 +157,7 @@ class Bench:
             with_ms = self.time_ms(lambda taps=taps: tower(self.pixels_FCHW, taps=taps))
             longer.append(with_ms - self.time_ms(lambda: tower(self.pixels_FCHW)))
         copies = -(-self.frames // self.tower_frames)
-        joined = Taps.joined([taps] * copies)
+        joined = Taps(asks, **{name: torch.cat([getattr(taps, name)] * copies) for name in asks.fields})
         for name in ("saliency_FN", "keys_FNK"):
             if (noted := getattr(joined, name)) is not None:
                 setattr(joined, name, noted[: self.frames])

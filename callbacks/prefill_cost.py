@@ -32,8 +32,8 @@ class PrefillCost(lightning.Callback):
       ``max_memory_allocated``. Elsewhere: storages that operators return while they live; what an operator allocates
       and frees within itself is not seen there.
 
-    Weights, modes and random numbers stay as they were. With several processes each measures its own batch, and the
-    numbers are those of the first one.
+    The tower runs, whatever a feature cache holds. Weights, modes and random numbers stay as they were. With several
+    processes each measures its own batch, and the numbers are those of the first one.
 
     Args:
         num_samples: how many prompts are read at once; at most as many as the batch has samples with answers.
@@ -122,7 +122,7 @@ def prefill_cost(model: CrossLMM, prompts: VideoBatch, device: torch.device) -> 
 
     training = [part for part in model.modules() if part.training]
     devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
+    with torch.random.fork_rng(devices), model.reuse.without_cache():
         model.eval()
         try:
             peak_bytes = _peak_bytes(call, device)

@@ -92,6 +92,8 @@ def _settle(config: DictConfig, form: str, trusted: Sequence[str]) -> tuple[Dict
         alone, image_size = standalone(config, model), model.encoder.image_size
     if alone.llm.get("lora") is not None:
         alone.llm.lora = None
+    if alone.encoder.get("feature_cache") is not None:
+        alone.encoder.feature_cache.folder = None  # of this machine
     if form != "hf":
         return alone, lambda folder: None
     from lightning_crosslmm.hf.folder import write_settings  # here, as the other form does without

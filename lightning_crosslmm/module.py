@@ -24,7 +24,8 @@ class CrossLMMModule(lightning.LightningModule):
     """Hooks only: what is computed lives in the parts it calls.
 
     Logs ``train/loss`` and ``train/accuracy`` per step, ``val/...`` and ``test/...`` per epoch: ``loss`` in nats per
-    answer token, ``accuracy`` and ``accuracy/TYPE`` as shares of answers that are right to the last token.
+    answer token, ``accuracy`` and ``accuracy/TYPE`` as shares of answers that are right to the last token. Where an
+    encoder is spared work, ``encoded_share``: frames that its tower ran on over frames seen, since this start.
 
     Args:
         model: the network.
@@ -47,6 +48,7 @@ class CrossLMMModule(lightning.LightningModule):
         super().__init__()
         self.model, self.tokenizer, self.optim, self.decoding = model, tokenizer, optim, decoding
         optim.freeze(model)
+        model.keep_features()
         if gradient_checkpointing:
             model.gradient_checkpointing_enable()
         kinds = tuple(answer_kinds)
@@ -102,6 +104,8 @@ class CrossLMMModule(lightning.LightningModule):
             self.log("train/loss", loss.detach(), batch_size=batch.num_samples)
         if len(right_Z):
             self.log("train/accuracy", right_Z.float().mean(), batch_size=len(right_Z))
+        if self.model.reuse.is_on:
+            self.log("train/encoded_share", self.model.reuse.encoded_share(is_training=True), batch_size=1)
         self._answer_tokens += len(output.target_Y)
         return loss * len(output.target_Y)
 
@@ -146,6 +150,8 @@ class CrossLMMModule(lightning.LightningModule):
 
     def _log_accuracy(self, stage: str, accuracy: AnswerAccuracy) -> None:
         self.log_dict({f"{stage}/{name}": value for name, value in accuracy.seen().items()})
+        if self.model.reuse.is_on:
+            self.log(f"{stage}/encoded_share", self.model.reuse.encoded_share(is_training=False), sync_dist=True)
         accuracy.reset()
 
     def predict_step(self, batch: VideoBatch, batch_index: int) -> list[dict[str, str]]:

@@ -15,9 +15,9 @@ from pathlib import Path
 from threading import Lock, Thread
 from typing import BinaryIO, NamedTuple, TypeVar
 
+from lightning_crosslmm.bounded_folder import BoundedFolder
 from lightning_crosslmm.errors import UserError
 from lightning_crosslmm.location import Location, Url, without_credentials
-from lightning_crosslmm.shard_cache import ShardCache
 from lightning_crosslmm.store import EndsEarlyError, StorageError, list_folder, read_parts, request
 
 T = TypeVar("T")
@@ -161,10 +161,10 @@ class Storage:
         Nothing is said of those that cannot be had: who reads them will be told.
         """
         if self.cache_dir is not None and shards:
-            cache = ShardCache(Path(self.cache_dir), self.cache_bytes)
+            cache = BoundedFolder(Path(self.cache_dir), self.cache_bytes, "shard", "tar")
             Thread(target=self._fetch_ahead, args=(cache, shards), daemon=True).start()
 
-    def _fetch_ahead(self, cache: ShardCache, shards: Sequence[tuple[Url, Version]]) -> None:
+    def _fetch_ahead(self, cache: BoundedFolder, shards: Sequence[tuple[Url, Version]]) -> None:
         with _ahead:
             room, wanted = self.cache_bytes, []
             for url, version in shards:
@@ -185,7 +185,7 @@ class Storage:
         if self.cache_dir is None:
             return None
         try:
-            cache = ShardCache(Path(self.cache_dir), self.cache_bytes)
+            cache = BoundedFolder(Path(self.cache_dir), self.cache_bytes, "shard", "tar")
             return cache.open(_digest(url, version), version.num_bytes, partial(self._fetch, url))
         except EndsEarlyError:  # it was cut off: some of its samples may be there
             return None

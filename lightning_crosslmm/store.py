@@ -13,9 +13,9 @@ from urllib.parse import urlsplit
 from fsspec.asyn import sync
 from fsspec.core import url_to_fs
 
+from lightning_crosslmm.bounded_folder import PIECE
 from lightning_crosslmm.errors import UserError
 from lightning_crosslmm.location import SCHEMES, Url
-from lightning_crosslmm.shard_cache import PIECE
 
 _GAP = 64 << 10  # bytes that are rather read than skipped by another request
 

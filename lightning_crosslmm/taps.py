@@ -10,7 +10,6 @@ Axis letters:
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lightning_crosslmm.errors import UserError, nearest
@@ -52,6 +51,12 @@ class Asks:
         words = {f"saliency.{self.saliency}"} if self.saliency else set()
         return frozenset(words | ({"keys"} if self.keys else set()) | ({"layers"} if self.layers else set()))
 
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The same as fields of `Taps`."""
+        asked = {"saliency_FN": self.saliency, "keys_FNK": self.keys, "layers_FNAE": self.layers}
+        return tuple(name for name, is_asked in asked.items() if is_asked)
+
 
 @dataclass
 class Taps:
@@ -68,13 +73,6 @@ class Taps:
     saliency_FN: Tensor | None = None
     keys_FNK: Tensor | None = None
     layers_FNAE: Tensor | None = None
-
-    @classmethod
-    def joined(cls, chunks: "list[Taps]") -> "Taps":
-        """Put the chunks of a batch together."""
-        fields = ("saliency_FN", "keys_FNK", "layers_FNAE")
-        parts = {name: [getattr(chunk, name) for chunk in chunks] for name in fields}
-        return cls(chunks[0].asks, **{name: torch.cat(p) for name, p in parts.items() if p[0] is not None})
 
 
 @dataclass(frozen=True)

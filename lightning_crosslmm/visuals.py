@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_crosslmm.batch import VideoBatch, asked_visuals, question_mask
-from lightning_crosslmm.encoder import Encoder
+from lightning_crosslmm.encoder import Encoder, Features, Reuse, refuse_reuse
 from lightning_crosslmm.errors import UserError
 from lightning_crosslmm.fusion import frame_time
 from lightning_crosslmm.llm.layers import summarise
@@ -74,8 +74,10 @@ class VisualSide(nn.Module):
                 f"pooler {type(pooler).__name__} needs {', '.join(missing)}, encoder {type(encoder).__name__} gives "
                 f"{', '.join(sorted(encoder.gives))}; {mend}"
             )
+        if pooler.stage is Stage.IN_ENCODER:
+            refuse_reuse(encoder, f"pooler {type(pooler).__name__} acts inside it on each of them")
         encoder.prepare(pooler.asks)
-        self.encoder, self.pooler, self.key_source = encoder, pooler, key_source
+        self.encoder, self.pooler, self.key_source, self.reuse = encoder, pooler, key_source, Reuse(encoder)
         is_projected = pooler.stage is Stage.AFTER_PROJECTOR
         if pooler.stage is Stage.IN_ENCODER:
             pooler.enter(encoder.facts())
@@ -91,6 +93,14 @@ class VisualSide(nn.Module):
         self.frame_time: nn.Module | None = None
         self.encoder_time: nn.Module | None = None
         self.most: Callable[[int], int] | None = None  # sharding's: the largest of a count over all processes
+
+    def keep_features(self) -> None:
+        """Let the encoder's cache on disk serve from now on, as training and measuring do, and answering does not.
+
+        Raises:
+            UserError: the encoder is trained, or drops at random while it trains.
+        """
+        self.reuse.keep_features(self.encoder)
 
     def add_time(self, kind: str, llm_width: int, init_std: float) -> None:
         """Let tokens carry their time, those that fusion reads from the encoder at the encoder's width.
@@ -124,7 +134,7 @@ class VisualSide(nn.Module):
             annotations = (torch.tensor([0, 1]), torch.tensor([0]), torch.zeros(1), None)
         if self.pooler.stage is Stage.IN_ENCODER:
             return self._encode_hooked(frames_FCHW, annotations, is_blank)
-        patches_FNE, asked = self._patches(frames_FCHW)
+        patches_FNE, asked = self._patches(frames_FCHW, annotations[0])
         if questions is not None:
             asked["questions"] = replace(questions, is_asked_V=None) if is_blank else questions
         tokens = TokenSet.from_grid(patches_FNE, self.encoder.grid, *annotations)
@@ -143,22 +153,32 @@ class VisualSide(nn.Module):
             pooled = self._timed(pooled, self.frame_time)
         return Visuals(pooled, self._source(tokens, projected), is_blank, question_QD)
 
-    def _patches(self, frames_FCHW: Tensor) -> tuple[Tensor, dict[str, Any]]:
-        chunks, blanks = self._chunks(frames_FCHW)
+    def _patches(self, frames_FCHW: Tensor, visual_offsets: Tensor) -> tuple[Tensor, dict[str, Any]]:
         asks = self.pooler.asks
-        if not asks.needs:
-            (patches_FNE,) = in_pieces(lambda chunk_FCHW: (self.encoder(chunk_FCHW),), chunks)
-            return _with_none(patches_FNE, [self.encoder(blank_FCHW) for blank_FCHW in blanks]), {}
-        taps = [Taps(asks) for _ in chunks]
-        patches_FNE = torch.cat([self.encoder(chunk, taps=tap) for chunk, tap in zip(chunks, taps, strict=True)])
-        patches_FNE = _with_none(patches_FNE, [self.encoder(blank, taps=Taps(asks)) for blank in blanks])
-        return patches_FNE, {"taps": Taps.joined(taps)}
+        found = self.reuse.features(self.encoder, asks, frames_FCHW, visual_offsets, self._features)
+        patches_FNE = found.pop("patches_FNE")
+        return patches_FNE, {"taps": Taps(asks, **found)} if asks.needs else {}
+
+    def _features(self, frames_FCHW: Tensor) -> Features:
+        """Run the tower; what it gives by name, nothing at all for no frames."""
+        asks = self.pooler.asks
+
+        def work(chunk_FCHW: Tensor) -> tuple[Tensor, ...]:
+            taps = Taps(asks) if asks.needs else None
+            return self.encoder(chunk_FCHW, taps=taps), *(getattr(taps, name) for name in asks.fields)
+
+        chunks, blanks = self._chunks(frames_FCHW)
+        found = in_pieces(work, chunks) if chunks else ()
+        unused = [work(blank_FCHW)[0] for blank_FCHW in blanks]
+        if not found:
+            return {}
+        return dict(zip(("patches_FNE", *asks.fields), (_with_none(found[0], unused), *found[1:]), strict=True))
 
     def _chunks(self, frames_FCHW: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """What the tower runs on: this process's frames, and blank ones for as long as others are not done."""
-        chunks = frames_FCHW.split(self.encoder.frames_per_chunk)
+        chunks = frames_FCHW.split(self.encoder.frames_per_chunk) if len(frames_FCHW) else ()
         missing = 0 if self.most is None else self.most(len(chunks)) - len(chunks)
-        return chunks, (torch.zeros_like(frames_FCHW[:1]),) * missing
+        return chunks, (frames_FCHW.new_zeros(1, *frames_FCHW.shape[1:]),) * missing
 
     def _encode_hooked(self, frames_FCHW: Tensor, annotations: tuple[Any, ...], is_blank: bool) -> Visuals:
         chunks, blanks = self._chunks(frames_FCHW)

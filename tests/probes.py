@@ -192,6 +192,14 @@ def pooled_in_training(config: DictConfig) -> Any:
     return digest(model.encode(_batch(config)).pooled.features_SD)
 
 
+def kept_features(config: DictConfig) -> Any:
+    """What a frozen encoder leaves on disk."""
+    model = _model(config).requires_grad_(False)
+    model.keep_features()
+    model.encode(_batch(config))
+    return sorted(path.as_posix() for path in Path().rglob("features-*"))
+
+
 def optimizer(config: DictConfig) -> Any:
     """Parameter groups, and the schedule over 100 steps. The pooler gets a weight, as one of a user's own may have."""
     model, settings = _model(config), instantiate(config.optim, ANY_TARGET)

@@ -199,7 +199,7 @@ def test_without_room_ranges_are_read(store, tmp_path):
 
 
 def test_of_a_shard_that_was_cut_off_the_beginning_is_read(store, tmp_path, monkeypatch):
-    monkeypatch.setattr("lightning_crosslmm.shard_cache.PIECE", 1000)
+    monkeypatch.setattr("lightning_crosslmm.bounded_folder.PIECE", 1000)
     storage = Storage(cache_dir=tmp_path / "cache", **QUICK)
     (store.folder / "a.tar").write_bytes(DATA[:3000])
     assert read(f"{store.url}/a.tar", storage, version=VERSION) == [DATA[100:150]]

@@ -5,13 +5,16 @@ Axis letters:
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
+from lightning_crosslmm.encoder.feature_cache import FeatureCache
 from lightning_crosslmm.errors import UserError
 from lightning_crosslmm.taps import Asks, BlockHook, Taps, Tower
+
+_CHANGES_NOTHING = ("frames_per_chunk", "same_frame_tolerance", "feature_cache")
 
 
 class Encoder(nn.Module):
@@ -24,9 +27,13 @@ class Encoder(nn.Module):
         mean: per channel, on the 0..1 scale.
         std: per channel, on the 0..1 scale.
         frames_per_chunk: most frames in one call of the tower, so that memory does not grow with the clip; 1 or more.
+        same_frame_tolerance: frames of a batch that repeat are encoded once. 0 to 255: mean absolute difference, up to
+            which a frame counts as the one kept before it in its visual (see `stand_ins`); 0 asks for equal bytes. None
+            encodes every frame.
+        feature_cache: where features of a frozen encoder are kept from epoch to epoch; None keeps none.
 
     Raises:
-        UserError: `frames_per_chunk` below 1.
+        UserError: `frames_per_chunk` below 1, or a tolerance that no difference has.
     """
 
     width: int
@@ -37,6 +44,8 @@ class Encoder(nn.Module):
     num_prefix: int = 0
     """Class and register tokens in front of the patches."""
     has_class_token: bool = False
+    built_from: tuple[Any, ...]
+    """The arguments of the constructor, those left out that change no feature."""
     identity: dict[str, Any]
     """Plain values that tell this tower from others: thresholds calibrated on one mean nothing on another."""
 
@@ -48,11 +57,31 @@ class Encoder(nn.Module):
     probe_HE: Tensor | None
     """The attention-pooling head's probe (see `saliency.fold_probe`), where the tower has one and it was asked for."""
 
-    def __init__(self, image_size: int, mean: Sequence[float], std: Sequence[float], frames_per_chunk: int) -> None:
+    def __new__(cls, *given: Any, **settings: Any) -> Self:
+        """Note the arguments, of any subclass, for `Fingerprint`."""
+        encoder = super().__new__(cls)
+        encoder.built_from = given, {name: each for name, each in settings.items() if name not in _CHANGES_NOTHING}
+        return encoder
+
+    def __init__(
+        self,
+        image_size: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        frames_per_chunk: int,
+        same_frame_tolerance: float | None = None,
+        feature_cache: FeatureCache | None = None,
+    ) -> None:
         super().__init__()
+        if same_frame_tolerance is not None and not 0 <= same_frame_tolerance <= 255:
+            raise UserError(
+                f"encoder.same_frame_tolerance is {same_frame_tolerance}; right are null, 0 for frames that are equal, "
+                "and differences up to 255"
+            )
         if frames_per_chunk < 1:
             raise UserError(f"encoder.frames_per_chunk is {frames_per_chunk}; it must be 1 frame or more")
         self.image_size, self.frames_per_chunk = image_size, frames_per_chunk
+        self.same_frame_tolerance, self.feature_cache = same_frame_tolerance, feature_cache
         self.register_buffer("mean_C11", torch.tensor(list(mean)).view(-1, 1, 1), persistent=False)
         self.register_buffer("std_C11", torch.tensor(list(std)).view(-1, 1, 1), persistent=False)
         self.register_buffer("probe_HE", None)

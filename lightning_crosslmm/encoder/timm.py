@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_crosslmm.encoder.base import Encoder, block_number
+from lightning_crosslmm.encoder.feature_cache import FeatureCache
 from lightning_crosslmm.encoder.hooked import hooked
 from lightning_crosslmm.encoder.saliency import fill_attention, fold_probe, probe_saliency, recorded
 from lightning_crosslmm.encoder.stem import ConvStem
@@ -35,6 +36,8 @@ class TimmEncoder(Encoder):
         frames_per_chunk: most frames in one call.
         stem: ``patch`` as the model has it, or ``conv`` (see `ConvStem`; from scratch only).
         config: further arguments of the timm model (``embed_dim``, ``depth``, ...).
+        same_frame_tolerance: see `Encoder`.
+        feature_cache: see `Encoder`.
 
     Raises:
         UserError: an unknown name or argument, a model without patch tokens, or a block it does not have.
@@ -50,6 +53,8 @@ class TimmEncoder(Encoder):
         frames_per_chunk: int = 64,
         stem: str = "patch",
         config: Mapping[str, Any] | None = None,
+        same_frame_tolerance: float | None = None,
+        feature_cache: FeatureCache | None = None,
     ) -> None:
         if stem not in ("patch", "conv"):
             raise UserError(f"encoder.stem is '{stem}'; right are patch, conv{nearest(stem, ('patch', 'conv'))}")
@@ -77,7 +82,7 @@ class TimmEncoder(Encoder):
                 "as a vit_* or eva02_* model"
             )
         data = tower.pretrained_cfg
-        super().__init__(image_size, data["mean"], data["std"], frames_per_chunk)
+        super().__init__(image_size, data["mean"], data["std"], frames_per_chunk, same_frame_tolerance, feature_cache)
         self.num_blocks = len(tower.blocks)
         self.read_block = block = block_number(layer, self.num_blocks)
         self._look_for_taps(tower)

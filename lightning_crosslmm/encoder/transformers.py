@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
 
 from lightning_crosslmm.encoder.base import Encoder, block_number
+from lightning_crosslmm.encoder.feature_cache import FeatureCache
 from lightning_crosslmm.encoder.hooked import hooked
 from lightning_crosslmm.encoder.saliency import fill_attention, fold_probe, probe_saliency, recorded
 from lightning_crosslmm.errors import UserError, nearest
@@ -46,6 +47,8 @@ class TransformersEncoder(Encoder):
         final_norm: apply the tower's last norm to it.
         frames_per_chunk: most frames in one call.
         attention: attention backend of transformers, ``sdpa``, ``eager`` or ``flash_attention_2``.
+        same_frame_tolerance: see `Encoder`.
+        feature_cache: see `Encoder`.
 
     Raises:
         UserError: an unknown tower; a checkpoint that is none, is not whole, is pickled or contradicts `config`; or a
@@ -63,8 +66,10 @@ class TransformersEncoder(Encoder):
         final_norm: bool = False,
         frames_per_chunk: int = 32,
         attention: str = "sdpa",
+        same_frame_tolerance: float | None = None,
+        feature_cache: FeatureCache | None = None,
     ) -> None:
-        super().__init__(image_size, mean, std, frames_per_chunk)
+        super().__init__(image_size, mean, std, frames_per_chunk, same_frame_tolerance, feature_cache)
         tower = _build_tower({**config, "image_size": image_size}, weights, attention)
         # transformers before 5.20 keeps the parts one level down
         body = getattr(tower, "vision_model", tower)

@@ -8,23 +8,27 @@ from pathlib import Path
 
 import pytest
 
-from lightning_crosslmm import shard_cache
-from lightning_crosslmm.shard_cache import ShardCache
+from lightning_crosslmm import bounded_folder
+from lightning_crosslmm.bounded_folder import BoundedFolder
 
 ROOT = Path(__file__).parents[1]
 A, B, C, D = (letter * 32 for letter in "abcd")
 KILLED = """
 import sys
 from pathlib import Path
-from lightning_crosslmm.shard_cache import ShardCache
+from lightning_crosslmm.bounded_folder import BoundedFolder
 
 def fetch(start, end):
     sys.stdout.write("begun\\n")
     sys.stdout.flush()
     sys.stdin.read()
 
-ShardCache(Path(sys.argv[1]), 100).open("a" * 32, 60, fetch)
+BoundedFolder(Path(sys.argv[1]), 100, "shard", "tar").open("a" * 32, 60, fetch)
 """
+
+
+def shards(folder, num_bytes):
+    return BoundedFolder(folder, num_bytes, "shard", "tar")
 
 
 def filled(byte, calls=None):
@@ -63,8 +67,8 @@ def total(folder):
 
 
 def test_a_shard_is_fetched_once_in_pieces_the_last_one_first(tmp_path, monkeypatch):
-    monkeypatch.setattr(shard_cache, "PIECE", 40)
-    cache, calls = ShardCache(tmp_path / "new" / "folder", 1000), []
+    monkeypatch.setattr(bounded_folder, "PIECE", 40)
+    cache, calls = shards(tmp_path / "new" / "folder", 1000), []
     fetch = lambda start, end: calls.append((start, end)) or bytes(range(start, end))  # noqa: E731
     assert content(cache, A, 100, fetch) == bytes(range(100))
     assert calls == [(80, 100), (40, 80), (0, 40)]
@@ -72,7 +76,7 @@ def test_a_shard_is_fetched_once_in_pieces_the_last_one_first(tmp_path, monkeypa
 
 
 def test_the_shard_that_was_not_used_for_longest_makes_room(tmp_path):
-    cache = ShardCache(tmp_path, 100)
+    cache = shards(tmp_path, 100)
     for digest, byte in ((A, b"a"), (B, b"b")):
         assert content(cache, digest, 50, filled(byte)) == byte * 50
         time.sleep(0.02)
@@ -90,14 +94,14 @@ def test_the_bound_holds_at_all_times_for_many_readers(tmp_path):
 
     def watch():
         while not stop.is_set():
-            with ShardCache(tmp_path, 70)._counting():  # else files come and go while they are counted
+            with shards(tmp_path, 70)._counting():  # else files come and go while they are counted
                 most[0] = max(most[0], total(tmp_path))
 
     def read(seed):
         for turn in range(30):
             number = (seed * 7 + turn * 3) % 8
             byte, size = b"%d" % number, 20 + number
-            found = content(ShardCache(tmp_path, 70), f"{number}" * 32, size, lambda s, e, byte=byte: byte * (e - s))
+            found = content(shards(tmp_path, 70), f"{number}" * 32, size, lambda s, e, byte=byte: byte * (e - s))
             if found not in (None, byte * size):
                 wrong.append((number, found))
 
@@ -123,13 +127,13 @@ def test_two_readers_fetch_a_shard_once(tmp_path):
         go_on.wait(10)
         return b"a" * (end - start)
 
-    threads = [threading.Thread(target=lambda: found.append(content(ShardCache(tmp_path, 100), A, 60, slow)))]
+    threads = [threading.Thread(target=lambda: found.append(content(shards(tmp_path, 100), A, 60, slow)))]
     threads[0].start()
     begun.wait(10)
-    threads.append(threading.Thread(target=lambda: found.append(content(ShardCache(tmp_path, 100), A, 60, slow))))
+    threads.append(threading.Thread(target=lambda: found.append(content(shards(tmp_path, 100), A, 60, slow))))
     threads[1].start()
     # what is being fetched takes its room already, and is not evicted
-    assert content(ShardCache(tmp_path, 100), B, 60, filled(b"b")) is None
+    assert content(shards(tmp_path, 100), B, 60, filled(b"b")) is None
     go_on.set()
     for thread in threads:
         thread.join()
@@ -137,7 +141,7 @@ def test_two_readers_fetch_a_shard_once(tmp_path):
 
 
 def test_fetching_ahead_waits_for_nobody(tmp_path):
-    cache, begun, go_on = ShardCache(tmp_path, 100), threading.Event(), threading.Event()
+    cache, begun, go_on = shards(tmp_path, 100), threading.Event(), threading.Event()
 
     def slow(start, end):
         begun.set()
@@ -166,13 +170,13 @@ def test_a_process_forked_in_the_middle_holds_nothing(tmp_path):
         if children[-1] == 0:
             time.sleep(20)
             os._exit(0)
-        waiting = threading.Thread(target=lambda: found.append(content(ShardCache(tmp_path, 100), A, 60, refuse)))
+        waiting = threading.Thread(target=lambda: found.append(content(shards(tmp_path, 100), A, 60, refuse)))
         waiting.start()
         time.sleep(0.1)  # it waits for the lock
         children.append(waiting)
         return b"a" * (end - start)
 
-    assert content(ShardCache(tmp_path, 100), A, 60, fork) == b"a" * 60
+    assert content(shards(tmp_path, 100), A, 60, fork) == b"a" * 60
     pid, waiting = children
     waiting.join(5)
     os.kill(pid, signal.SIGKILL)
@@ -181,12 +185,12 @@ def test_a_process_forked_in_the_middle_holds_nothing(tmp_path):
 
 
 def test_a_shard_larger_than_the_bound_is_not_cached(tmp_path):
-    assert ShardCache(tmp_path / "cache", 50).open(A, 51, refuse) is None
+    assert shards(tmp_path / "cache", 50).open(A, 51, refuse) is None
     assert not (tmp_path / "cache").exists()
 
 
 def test_an_open_shard_stays_readable_when_it_is_evicted(tmp_path):
-    cache = ShardCache(tmp_path, 60)
+    cache = shards(tmp_path, 60)
     with cache.open(A, 60, filled(b"a")) as file:
         assert content(cache, B, 60, filled(b"b")) == b"b" * 60
         assert names(tmp_path) == [f"shard-{B}.tar"]
@@ -198,9 +202,9 @@ def test_a_fetch_that_fails_leaves_nothing(tmp_path):
         raise RuntimeError("gone")
 
     with pytest.raises(RuntimeError):
-        ShardCache(tmp_path, 100).open(A, 60, fail)
+        shards(tmp_path, 100).open(A, 60, fail)
     assert names(tmp_path) == []
-    assert content(ShardCache(tmp_path, 100), A, 60, filled(b"a")) == b"a" * 60
+    assert content(shards(tmp_path, 100), A, 60, filled(b"a")) == b"a" * 60
 
 
 def test_what_a_killed_process_left_is_never_read_and_makes_room(tmp_path):
@@ -208,11 +212,11 @@ def test_what_a_killed_process_left_is_never_read_and_makes_room(tmp_path):
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with subprocess.Popen(command, cwd=ROOT, **pipes) as process:
         process.stdout.readline()
-        assert content(ShardCache(tmp_path, 100), B, 60, filled(b"b")) is None  # no room beside it while it lives
+        assert content(shards(tmp_path, 100), B, 60, filled(b"b")) is None  # no room beside it while it lives
         process.send_signal(signal.SIGKILL)
         process.communicate()
     assert names(tmp_path) == [f"shard-{A}.partial"]
-    assert content(ShardCache(tmp_path, 100), B, 60, filled(b"b")) == b"b" * 60
+    assert content(shards(tmp_path, 100), B, 60, filled(b"b")) == b"b" * 60
     assert names(tmp_path) == [f"shard-{B}.tar"]
 
 
@@ -220,6 +224,6 @@ def test_files_of_others_are_never_touched(tmp_path):
     others = ["shard-000000.tar", "notes.txt", f"shard-{A}.tar.partial"]
     for name in others:
         (tmp_path / name).write_bytes(bytes(500))
-    assert content(ShardCache(tmp_path, 60), A, 60, filled(b"a")) == b"a" * 60
-    assert content(ShardCache(tmp_path, 60), B, 60, filled(b"b")) == b"b" * 60
+    assert content(shards(tmp_path, 60), A, 60, filled(b"a")) == b"a" * 60
+    assert content(shards(tmp_path, 60), B, 60, filled(b"b")) == b"b" * 60
     assert names(tmp_path) == sorted([*others, f"shard-{B}.tar"])

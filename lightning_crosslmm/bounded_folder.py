@@ -1,8 +1,8 @@
-"""A folder of whole shards on a local disk, no larger than it may be, that the processes of a machine share.
+"""A folder of whole files on a local disk, no larger than it may be, that the processes of a machine share.
 
-A shard grows as ``NAME.partial`` and is renamed when all of it is there. Whoever fetches it holds a lock on that file,
+A file grows as ``NAME.partial`` and is renamed when all of it is there. Whoever fetches it holds a lock on that file,
 so that another process waits instead of fetching it, too; a lock ends with its process, so that what a killed one left
-is known for what it is. Room is taken under the lock of the folder, for the whole shard, before its first byte comes.
+is known for what it is. Room is taken under the lock of the folder, for the whole file, before its first byte comes.
 """
 
 import fcntl
@@ -16,25 +16,27 @@ from typing import BinaryIO
 PIECE = 32 << 20
 """Bytes fetched at a time."""
 
-_OURS = re.compile(r"shard-[0-9a-f]{32}\.(tar|partial)")  # no file of another name is ever touched
 _TRIES = 3
 
 Fetch = Callable[[int, int], bytes]
 
 
-class ShardCache:
-    """The shards in a folder.
+class BoundedFolder:
+    """The files of one kind in a folder, ``KIND-DIGEST.ENDING``; no file of another name is ever touched.
 
     Args:
         folder: made if need be; on a disk of this machine, as locks on network file systems are not to be relied on.
-        num_bytes: all shards together never take more, those included that are being fetched.
+        num_bytes: all of them together never take more, those included that are being fetched.
+        kind: first word of their names.
+        ending: last word of their names.
     """
 
-    def __init__(self, folder: Path, num_bytes: int) -> None:
-        self._folder, self._num_bytes = folder, num_bytes
+    def __init__(self, folder: Path, num_bytes: int, kind: str, ending: str) -> None:
+        self._folder, self._num_bytes, self._kind, self._ending = folder, num_bytes, kind, ending
+        self._ours = re.compile(rf"{kind}-[0-9a-f]{{32}}\.({ending}|partial)")
 
     def open(self, digest: str, num_bytes: int, fetch: Fetch) -> BinaryIO | None:
-        """Open a shard, fetched first if it is not there.
+        """Open a file, fetched first if it is not there.
 
         Args:
             digest: 32 hexadecimal digits that name it.
@@ -49,32 +51,38 @@ class ShardCache:
         """
         path = self._path(digest)
         for _ in range(_TRIES):  # what was fetched may be evicted before it is opened
-            with suppress(FileNotFoundError):
-                file = open(path, "rb")  # noqa: SIM115 (the caller's)
-                os.utime(file.fileno())  # the time of its last use
+            if (file := self.find(digest)) is not None:
                 return file
             if num_bytes > self._num_bytes or not self._fetch(path, num_bytes, fetch):
                 return None
         return None
 
+    def find(self, digest: str) -> BinaryIO | None:
+        """Open a file if it is there, and count it as used now; otherwise as ``open`` does."""
+        with suppress(FileNotFoundError):
+            file = open(self._path(digest), "rb")  # noqa: SIM115 (the caller's)
+            os.utime(file.fileno())  # the time of its last use
+            return file
+        return None
+
     def fetch_ahead(self, digest: str, num_bytes: int, fetch: Fetch) -> None:
-        """Fetch a shard, unless it is there or being fetched; arguments and errors as for ``open``."""
+        """Fetch a file, unless it is there or being fetched; arguments and errors as for ``open``."""
         path = self._path(digest)
         if num_bytes <= self._num_bytes and not path.exists():
             with suppress(BlockingIOError):
                 self._fetch(path, num_bytes, fetch, waits=False)
 
     def touch(self, digests: Iterable[str]) -> None:
-        """Count those shards that are there as used now."""
+        """Count those files that are there as used now."""
         for digest in digests:
             with suppress(OSError):
                 os.utime(self._path(digest))
 
     def _path(self, digest: str) -> Path:
-        return self._folder / f"shard-{digest}.tar"
+        return self._folder / f"{self._kind}-{digest}.{self._ending}"
 
     def _fetch(self, path: Path, num_bytes: int, fetch: Fetch, waits: bool = True) -> bool:
-        """Fetch a shard, or wait until another process has; False where there is no room."""
+        """Fetch a file, or wait until another process has; False where there is no room."""
         self._folder.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
         with _locked(partial, waits) as file:
@@ -99,21 +107,21 @@ class ShardCache:
     def _make_room(self, partial: Path, num_bytes: int) -> bool:
         with self._counting():
             os.truncate(partial, 0)
-            shards: list[tuple[int, int, str]] = []  # last used, bytes, path
+            whole: list[tuple[int, int, str]] = []  # last used, bytes, path
             taken = num_bytes
             for entry in os.scandir(self._folder):
-                kind = _OURS.fullmatch(entry.name)
+                kind = self._ours.fullmatch(entry.name)
                 if kind is None or (kind[1] == "partial" and _remove_abandoned(entry.path)):
                     continue
                 with suppress(FileNotFoundError):  # discarded meanwhile
                     stat = entry.stat()
                     taken += stat.st_size
-                    if kind[1] == "tar":
-                        shards.append((stat.st_mtime_ns, stat.st_size, entry.path))
-            in_use = taken - sum(size for _, size, _ in shards)
+                    if kind[1] == self._ending:
+                        whole.append((stat.st_mtime_ns, stat.st_size, entry.path))
+            in_use = taken - sum(size for _, size, _ in whole)
             if in_use > self._num_bytes:
                 return False
-            for _, size, evicted in sorted(shards):
+            for _, size, evicted in sorted(whole):
                 if taken <= self._num_bytes:
                     break
                 with suppress(FileNotFoundError):
@@ -135,7 +143,7 @@ def _locked(path: Path, waits: bool = True) -> Iterator[BinaryIO]:
 
 def _fill(partial: Path, num_bytes: int, fetch: Fetch) -> bool:
     with open(partial, "r+b") as file:
-        for start in reversed(range(0, num_bytes, PIECE)):  # a shard that was cut off shows with the first request
+        for start in reversed(range(0, num_bytes, PIECE)):  # a file that was cut off shows with the first request
             file.seek(start)
             file.write(fetch(start, min(start + PIECE, num_bytes)))
     return True
