@@ -4,7 +4,7 @@
     OMP_NUM_THREADS=1 python benchmarks/stream.py --workers 4 --clips FOLDER_OF_VIDEOS --turns 9
 
 Two kinds of clips: tiny ones like the probe set's (4 frames of 64 x 64), and 360p ones: the videos of `--clips`, or two
-that are rendered here. They are packed into shards, and every sample asks one question.
+that are rendered here. They are packed into shards, and every sample asks one question, no two the same.
 
     stream   index, ranges of the shard, sha256, decoding, resizing, tokens, collation, the way to the training process
     PyAV     each clip opened by its file name, its frames converted and resized in the worker, and dropped there; by
@@ -74,7 +74,10 @@ def write_shards(videos: list[Path], count: int, folder: Path) -> Path:
     facts = {video: (video.read_bytes(), SampleInfo.of([probe_video(video, video.name)])) for video in videos}
     with ShardWriter(folder, samples_per_shard=64) as writer:
         for number, video in enumerate(islice(cycle(videos), count)):
-            messages = (Message("user", "<video>\nWhat is held?"), Message("assistant", "A book, open."))
+            messages = (
+                Message("user", f"<video>\nWhat is held in clip {number}?"),
+                Message("assistant", "A book, open."),
+            )
             conversation = Conversation(f"s{number:06d}", messages, (Visual("video", video.name),), ("",))
             writer.write(conversation, {conversation.members[0]: facts[video][0]}, facts[video][1])
     return folder

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -153,7 +154,7 @@ class Mixture:
                 "next ones are fetched ahead, lower data.window_shards, or set data.storage.cache_dir=null"
             )
 
-    @property
+    @cached_property
     def _firsts(self) -> list[int]:
         firsts = [0]
         for shards in self.sets[:-1]:

@@ -111,7 +111,7 @@ class ClipDataset(Dataset[Sample]):
             UserError: an index or a store fails, which is no sample's fault.
         """
         entry = self._data.entry(ref)
-        where = self.name(ref)
+        where = self._name(ref, entry)
         try:
             return self._read(ref, entry, where)
         except StorageError:
@@ -122,7 +122,10 @@ class ClipDataset(Dataset[Sample]):
 
     def name(self, ref: SampleRef) -> str:
         """Name a sample in messages: its shard and key."""
-        return f"{self._data.path(ref)}: sample '{self._data.entry(ref).key}'"
+        return self._name(ref, self._data.entry(ref))
+
+    def _name(self, ref: SampleRef, entry: SampleEntry) -> str:
+        return f"{self._data.path(ref)}: sample '{entry.key}'"
 
     def _read(self, ref: SampleRef, entry: SampleEntry, where: str) -> Sample:
         reading = self._reading
@@ -137,8 +140,7 @@ class ClipDataset(Dataset[Sample]):
             self._read_visual(ref, number, visual, members[visual.path], f"{where}, member '{visual.path}'")
             for number, visual in enumerate(conversation.visuals)
         ]
-        no_frames = Clip(torch.empty(0, 3, reading.image_size, reading.image_size, dtype=torch.uint8), torch.empty(0))
-        parts = clips if len(clips) == 1 else [no_frames, *clips]
+        parts = clips if len(clips) == 1 else [_no_frames(reading.image_size), *clips]
         return Sample(
             key=entry.key,
             frames_FCHW=_joined([clip.frames_FCHW for clip in parts]),
@@ -159,6 +161,10 @@ class ClipDataset(Dataset[Sample]):
             return read_image(blob, where, reading.image_size)
         offset = drawn(reading.seed, ref, f"offset {number}") if reading.shifts_frames else None
         return read_clip(blob, where, reading.sampling, reading.image_size, offset=offset, timeout_s=reading.timeout_s)
+
+
+def _no_frames(image_size: int) -> Clip:
+    return Clip(torch.empty(0, 3, image_size, image_size, dtype=torch.uint8), torch.empty(0))
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

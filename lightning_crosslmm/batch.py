@@ -20,6 +20,10 @@ IGNORED = -100
 """Stands in ``labels_L`` where nothing is to be predicted."""
 
 
+SHARED_BYTES = 1 << 19
+"""Frames of so many bytes or more reach the training process in shared memory, which costs more than to copy fewer."""
+
+
 class Skipped(NamedTuple):
     """A damaged sample that was left out: where its shard lies, its key, and what is wrong with it."""
 
@@ -74,10 +78,13 @@ class VideoBatch:
     picture_V4: Tensor | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Travel between processes with frames in shared memory and the rest by value: a shared file costs more."""
+        """Travel between processes by value, but for many frames: those in shared memory."""
         values = [getattr(self, field.name) for field in fields(self)]
-        light = [value.numpy() if isinstance(value, Tensor) and n else value for n, value in enumerate(values)]
-        return _arrived, (type(self), light)
+        is_light = [isinstance(value, Tensor) and value.is_cpu and value.nbytes < SHARED_BYTES for value in values]
+        return _arrived, (
+            type(self),
+            [value.numpy() if light else value for value, light in zip(values, is_light, strict=True)],
+        )
 
     @property
     def num_samples(self) -> int:

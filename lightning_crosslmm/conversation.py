@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import PurePosixPath
 from typing import Any, Self
 
@@ -58,7 +59,7 @@ class Conversation:
     @property
     def members(self) -> tuple[str, ...]:
         """What the visuals are called in a shard, after ``KEY.``: ``0.mp4``, ``1.jpg``."""
-        return tuple(f"{i}{PurePosixPath(visual.path).suffix.lower()}" for i, visual in enumerate(self.visuals))
+        return tuple(f"{i}{_suffix(visual.path).lower()}" for i, visual in enumerate(self.visuals))
 
     def to_json(self) -> bytes:
         """Write the canonical JSON that a shard stores as ``KEY.json``: equal conversations give equal bytes."""
@@ -98,8 +99,7 @@ class Conversation:
             )
         for field, names in fields.items():
             for item in check_list(record[field], f"{where}: '{field}'"):
-                strings = isinstance(item, dict) and all(isinstance(value, str) for value in item.values())
-                if not strings or set(item) != names:
+                if not isinstance(item, dict) or item.keys() != names or {*map(type, item.values())} != {str}:
                     raise UserError(f"{where}: '{field}' must list strings {sorted(names)}, got {item!r:.200}")
         kinds = check_list(record["answer_kinds"], f"{where}: 'answer_kinds'")
         messages = tuple(Message(**item) for item in record["messages"])
@@ -107,7 +107,7 @@ class Conversation:
         num_answers = check_turns(messages, where)
         facts = check_facts(record.get("answer_facts", []), num_answers, where)
         conversation = cls(key, messages, visuals, check_kinds(kinds, num_answers, where), facts)
-        marks = [kind for message in messages for kind in MARK.findall(message.content)]
+        marks = MARK.findall("\n".join(message.content for message in messages))
         if marks != [visual.kind for visual in visuals]:
             raise UserError(f"{where}: the text marks {marks}, but the visuals are {[v.kind for v in visuals]}")
         if list(conversation.members) != (got := [visual.path for visual in visuals]):
@@ -118,8 +118,10 @@ class Conversation:
 def parse_json(data: bytes, where: str) -> Any:
     """Read JSON, or name where it is none; what it holds can be written as UTF-8."""
     try:
-        parsed = json.loads(data.decode("utf-8-sig"))
-        json.dumps(parsed, ensure_ascii=False).encode()  # lone surrogates pass as JSON, but are no text
+        text = data.decode("utf-8-sig")
+        parsed = json.loads(text)
+        if "\\u" in text:
+            json.dumps(parsed, ensure_ascii=False).encode()  # lone surrogates pass as JSON, but are no text
         return parsed
     except (ValueError, RecursionError) as error:
         hint = "; a file with one object per line is named .jsonl" if "Extra data" in str(error) else ""
@@ -133,9 +135,14 @@ def check_list(value: Any, what: str) -> list[Any]:
     return value
 
 
+@lru_cache(maxsize=1024)  # in a shard the same few names in every sample
+def _suffix(path: str) -> str:
+    return PurePosixPath(path).suffix
+
+
 def check_path(value: Any, what: str) -> str:
     """Give back a file's path, or tell that it is none."""
-    if not isinstance(value, str) or len(PurePosixPath(value).suffix) < 2 or "\0" in value:
+    if not isinstance(value, str) or len(_suffix(value)) < 2 or "\0" in value:
         raise UserError(f"{what} must be the path of a file with an extension, as clips/a.mp4, got {value!r:.200}")
     return value
 
@@ -145,19 +152,20 @@ def check_turns(messages: tuple[Message, ...], where: str) -> int:
     turns = messages[1:] if messages and messages[0].role == "system" else messages
     roles = [message.role for message in turns]
     answers = [message for message in turns if message.role == "assistant"]
-    in_order = all(role == ("user", "assistant")[i % 2] for i, role in enumerate(roles))
+    in_order = roles == [("user", "assistant")[i % 2] for i in range(len(roles))]
     marked = [message.role for message in messages if message.role != "user" and MARK.search(message.content)]
-    for wrong, message in (
+    has_empty = not all(message.content.strip() for message in answers)
+    if answers and in_order and len(roles) % 2 == 0 and not has_empty and not marked:
+        return len(answers)
+    mistakes = (
         (not answers, f"has no answer among its {len(messages)} turn(s); a question and an answer are needed"),
         (roles[:1] == ["assistant"], "starts with an answer; the first turn after a system message must be a question"),
         (not in_order, f"questions and answers must alternate, a system message only stands first; got {roles}"),
         (len(roles) % 2 == 1, "ends with a question; give its answer or take it out"),
-        (not all(m.content.strip() for m in answers), "has an empty answer; write it or take its question out"),
+        (has_empty, "has an empty answer; write it or take its question out"),
         (marked, f"<video> or <image> stands in the text of {marked}; visuals are marked in questions only"),
-    ):
-        if wrong:
-            raise UserError(f"{where}: {message}")
-    return len(answers)
+    )
+    raise UserError(f"{where}: {next(message for wrong, message in mistakes if wrong)}")
 
 
 def check_kinds(kinds: list[Any], num_answers: int, where: str) -> tuple[str, ...]:

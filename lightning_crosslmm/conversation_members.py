@@ -13,6 +13,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -72,6 +73,7 @@ def conversation_of(key: str, members: Mapping[str, bytes], where: str) -> Conve
     return conversation
 
 
+@lru_cache(maxsize=1024)  # in a shard the same few names in every sample
 def _by_number(member: str) -> list[tuple[str, int, str]]:
     pieces = ((text, digits.lstrip("0")) for text, digits in re.findall("([^0-9]*)([0-9]*)", member))
     return [(text, len(digits), digits) for text, digits in pieces]

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import tokenizers
@@ -23,6 +24,9 @@ from lightning_crosslmm.errors import UserError
 
 BYTE_VOCAB_SIZE = 261
 """Size of the byte tokenizer's vocabulary: 256 bytes and five special tokens."""
+
+_RECURS = 64
+"""Longest text, in characters, whose ids are kept for the next time: what many clips are asked is short."""
 
 _BYTE_SPECIALS = ("<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 _BYTE_TEMPLATE = (
@@ -95,7 +99,6 @@ def tokenise(conversation: Turns, tokenizer: Tokenizer, max_tokens: int, add_ans
     """
     roles, contents = split_turns(tokenizer, conversation)
     between = template_ids(tokenizer, tokenizer.chat_template, roles + ("assistant",) * add_answer_prompt)
-    special = _special_ids(tokenizer)
     ids, labels, answer = list(between[0]), [IGNORED] * len(between[0]), [-1] * len(between[0])
     num_answers = 0
     for number, message in enumerate(conversation.messages):
@@ -106,7 +109,7 @@ def tokenise(conversation: Turns, tokenizer: Tokenizer, max_tokens: int, add_ans
                 raise UserError(
                     f"sample '{conversation.key}': message {number + 1} is an answer and holds <video> or <image>"
                 )
-            num_labels = len(said) + _turn_end(tokenizer, after, special) + 1
+            num_labels = len(said) + _turn_end(tokenizer, after) + 1
         num_silent = len(said) + len(after) - num_labels
         ids += [*said, *after]
         labels += [*said, *after][:num_labels] + [IGNORED] * num_silent
@@ -144,7 +147,7 @@ def end_of_turn_id(tokenizer: Tokenizer) -> int:
         UserError: the template puts no special token after an answer.
     """
     after = template_ids(tokenizer, tokenizer.chat_template, ("user", "assistant"))[-1]
-    return after[_turn_end(tokenizer, after, _special_ids(tokenizer))]
+    return after[_turn_end(tokenizer, after)]
 
 
 def decode_answer(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
@@ -200,16 +203,21 @@ def _content_ids(tokenizer: Tokenizer, content: str) -> list[int]:
     ids: list[int] = []
     for number, part in enumerate(MARK.split(content)):
         ids += [VISUAL_MARK] if number else []
-        ids += tokenizer.encode(part, add_special_tokens=False, split_special_tokens=True) if part else []
+        ids += (_kept_ids if len(part) <= _RECURS else _ids)(tokenizer, part) if part else ()
     return ids
 
 
-def _special_ids(tokenizer: Tokenizer) -> frozenset[int]:
-    return frozenset(number for number, token in tokenizer.added_tokens_decoder.items() if token.special)
+def _ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    return list(tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
 
 
-def _turn_end(tokenizer: Tokenizer, after: Sequence[int], special: frozenset[int]) -> int:
+_kept_ids = lru_cache(maxsize=4096)(_ids)
+
+
+@lru_cache(maxsize=256)
+def _turn_end(tokenizer: Tokenizer, after: tuple[int, ...]) -> int:
     """Place of the first special token among those the template puts after an answer."""
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     for place, token in enumerate(after):
         if token in special:
             return place

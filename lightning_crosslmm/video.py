@@ -140,16 +140,16 @@ def read_clip(
         UserError: the file is missing, not a video, damaged, or ends before a wanted moment, or the time is up.
     """
     with opened(source, name, VIDEO_FORMATS, timeout_s) as file:
+        times_s, tick_s = sampling.times_s(file.duration_s(), offset=offset), float(file.tick_s)
         # Matroska rounds times to milliseconds: half of one makes up for it.
-        times_s = sampling.times_s(file.duration_s(), offset=offset)
-        wanted_pts = [file.start_pts + math.floor((t + 5e-4) / file.tick_s) for t in times_s]
+        wanted_pts = [file.start_pts + math.floor((t + 5e-4) / tick_s) for t in times_s]
         picture, pictures, shown_s, last = Picture(image_size), [], [], None
         shown = file.keyframes_near(wanted_pts) if sampling.mode == "keyframes" else file.shown_at(wanted_pts)
         for pts, frame in shown:
             pictures.append(pictures[-1] if frame is last else picture.rgb(frame))
             shown_s.append(file.time_s(pts))
             last = frame
-        return Clip(torch.from_numpy(np.stack(pictures)), torch.tensor(shown_s, dtype=torch.float32))
+        return Clip(torch.from_numpy(np.array(pictures)), torch.tensor(shown_s, dtype=torch.float32))
 
 
 def read_image(source: Path | bytes, name: str, image_size: tuple[int, int] | int | None = None) -> Clip:

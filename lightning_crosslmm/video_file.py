@@ -23,6 +23,7 @@ from lightning_crosslmm.errors import UserError
 # No playlists (hls, concat, dash): what they name would be opened too.
 VIDEO_FORMATS = "mov,matroska,avi,mpegts,mpeg,flv,ogg,gif"
 IMAGE_FORMATS = "jpeg_pipe,png_pipe,webp_pipe"
+_TOLD_BY_MP4 = {"h264", "hevc", "av1", "vp9"}  # codecs of which its header tells all that FFmpeg would find out
 # Before version 19, PyAV raised at tags that are no UTF-8 unless told to replace them.
 _METADATA: dict[str, Any] = {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "replace"}
 
@@ -46,6 +47,25 @@ def _open_source(source: Path | bytes | BinaryIO, name: str) -> AbstractContextM
         raise _error(name, f"cannot be read: {error.strerror}", "check the file's permissions") from error
 
 
+def _open_container(file: BinaryIO, formats: str) -> InputContainer:
+    """Let FFmpeg read the header, and look into the streams only where that leaves something open.
+
+    For that it opens decoders of its own, which takes longer than all else: 0.3 ms for a tiny mp4, 1.1 ms for 360p.
+    """
+    allowed = {"format_whitelist": formats}
+    is_mp4 = file.read(8)[4:] == b"ftyp"
+    file.seek(0)
+    if is_mp4:
+        container = av.open(file, "r", "mov", container_options=allowed | {"codec_whitelist": "none"}, **_METADATA)
+        codecs = {s.codec_context.codec.canonical_name for s in container.streams.video if s.frames and s.codec_context}
+        # In fragments (no frames counted) the order of H.264's frames may stand nowhere but in the pictures.
+        if codecs and codecs <= _TOLD_BY_MP4 and all(s.frames for s in container.streams.video):
+            return container
+        container.close()
+        file.seek(0)
+    return av.open(file, "r", container_options=allowed, **_METADATA)
+
+
 @contextmanager
 def opened(
     source: Path | bytes | BinaryIO, name: str, formats: str, timeout_s: float | None = None
@@ -59,8 +79,7 @@ def opened(
             raise _error(name, "is empty (0 bytes)")
         file.seek(0)
         try:
-            allowed = {"format_whitelist": formats}
-            with av.open(file, "r", container_options=allowed, **_METADATA) as container:
+            with _open_container(file, formats) as container:
                 # The cover of a music file is a video stream of one frame.
                 streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
                 if not streams or streams[0].codec_context is None:
@@ -101,11 +120,16 @@ class VideoFile:
 
     def time_s(self, pts: int) -> float:
         """Seconds from the start of the video."""
-        return float((pts - self.start_pts) * self.tick_s)
+        return self._seconds(pts - self.start_pts)
+
+    def _seconds(self, ticks: int) -> float:
+        return (
+            ticks * self.tick_s.numerator / self.tick_s.denominator
+        )  # rounded once; a Fraction takes ten times as long
 
     def duration_s(self) -> float:
         """How long the video lasts, by the header where that tells, else by the packets."""
-        start_s, length_s = float(self.start_pts * self.tick_s), (self.container.duration or 0) / av.time_base
+        start_s, length_s = self._seconds(self.start_pts), (self.container.duration or 0) / av.time_base
         if length_s and not self.container.format.name.startswith("matroska"):
             length_s += start_s  # Matroska's header tells the end, the others' the length
         return max(0.0, (self._header_end_s() or length_s or self._last_packet_end_s()) - start_s)
@@ -122,7 +146,7 @@ class VideoFile:
     def _header_end_s(self) -> float:
         """When the video itself ends, sound apart, as the header tells (Matroska in a tag); 0 where it does not."""
         if self.stream.duration:
-            return float((self.start_pts + self.stream.duration) * self.tick_s)
+            return self._seconds(self.start_pts + self.stream.duration)
         tag = re.fullmatch(r"(\d+):(\d+):([\d.]+)", self.stream.metadata.get("DURATION", ""))
         return float(tag[1]) * 3600 + float(tag[2]) * 60 + float(tag[3]) if tag else 0.0
 

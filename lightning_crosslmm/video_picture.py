@@ -6,6 +6,7 @@ Axis letters:
 
 import io
 import math
+import threading
 from fractions import Fraction
 from typing import Any, cast
 
@@ -23,6 +24,16 @@ _SCALING: dict[str, Any] = {"interpolation": _BICUBIC, "threads": 1}
 _BT601_MATRIX = 6  # AVCOL_SPC_SMPTE170M, what Colorspace.ITU601 is called in a stream's header
 
 
+class _Converter(threading.local):
+    """Each thread's own, kept from clip to clip: to compute its filters takes longer than to scale a small frame."""
+
+    def __init__(self) -> None:
+        self.reformat = VideoReformatter().reformat
+
+
+_CONVERTER = _Converter()
+
+
 class Picture:
     """Turns decoded frames into upright RGB of one size: ``image_size``, or that of the first frame.
 
@@ -34,7 +45,6 @@ class Picture:
 
     def __init__(self, image_size: tuple[int, int] | int | None) -> None:
         self._size = (image_size, image_size) if isinstance(image_size, int) else image_size
-        self._converter = VideoReformatter()
 
     def rgb(self, frame: VideoFrame) -> np.ndarray:
         """Convert one frame to uint8 (3, H, W)."""
@@ -43,12 +53,14 @@ class Picture:
         if self._size is None:
             self._size = (frame.width, frame.height) if sideways else (frame.height, frame.width)
         height, width = self._size[::-1] if sideways else self._size
-        planar = self._converter.reformat(frame, width, height, "gbrp", **_SCALING)
-        green, blue, red = (_bytes(p).reshape(height, p.line_size)[:, :width] for p in planar.planes)
-        picture_CHW = np.stack((red, green, blue))
-        picture_CHW = picture_CHW.transpose(0, 2, 1) if sideways else picture_CHW
+        planar = _CONVERTER.reformat(frame, width, height, "gbrp", **_SCALING)
+        picture_CHW = np.empty((3, *self._size), np.uint8)
         flip_x, flip_y = (c < 0, b < 0) if sideways else (a < 0, d < 0)
-        return np.ascontiguousarray(picture_CHW[:, :: -1 if flip_y else 1, :: -1 if flip_x else 1])
+        stored_CHW = picture_CHW[:, :: -1 if flip_y else 1, :: -1 if flip_x else 1]
+        stored_CHW = stored_CHW.transpose(0, 2, 1) if sideways else stored_CHW
+        for channel, plane in zip((1, 2, 0), planar.planes, strict=True):  # green, blue, red
+            stored_CHW[channel] = np.ndarray((height, width), np.uint8, _bytes(plane), strides=(plane.line_size, 1))
+        return picture_CHW
 
 
 def _bytes(buffer: Any) -> np.ndarray:
@@ -58,7 +70,8 @@ def _bytes(buffer: Any) -> np.ndarray:
 def _display_matrix(frame: VideoFrame) -> list[float]:
     """Give (a, b, c, d): the pixel at (x, y) is to be shown at (a x + c y, b x + d y)."""
     try:
-        matrix = frame.side_data.get("DISPLAYMATRIX")
+        told = frame.side_data
+        matrix = told.get("DISPLAYMATRIX") if len(told) else None
         return _bytes(matrix).view(np.int32)[[0, 1, 3, 4]].tolist() if matrix else [1, 0, 0, 1]
     except ValueError:  # PyAV does not know all kinds of side data, EXIF for one; the turn it tells, a mirror image not
         angle = -math.radians(frame.rotation)

@@ -1,9 +1,11 @@
-from dataclasses import replace
+import math
+from dataclasses import fields, replace
+from multiprocessing.reduction import ForkingPickler
 
 import pytest
 import torch
 
-from lightning_crosslmm.batch import IGNORED, VISUAL_MARK, blank_prompt, prompts_for, question_mask
+from lightning_crosslmm.batch import IGNORED, SHARED_BYTES, VISUAL_MARK, blank_prompt, prompts_for, question_mask
 from tests.tiny import TOKENIZER, tiny_batch
 
 
@@ -100,3 +102,15 @@ def test_pictures_are_counted_and_go_with_their_visuals():
         replace(batch, picture_V4=pictures[:2]).validate()
     with pytest.raises(ValueError, match=r"\[3, 1, 2\] frames for images of 1 \+ \[4, 0, 0\] tiles"):
         replace(batch, picture_V4=pictures * torch.tensor([1, 1, 2, 1])).validate()
+
+
+@pytest.mark.parametrize("num_bytes", [SHARED_BYTES - 12, SHARED_BYTES])
+def test_few_frames_travel_by_value_and_many_in_shared_memory(num_bytes):
+    frames_FCHW = torch.randint(256, (math.ceil(num_bytes / 12), 3, 2, 2), dtype=torch.uint8)
+    batch = replace(mixed(), frames_FCHW=frames_FCHW)
+    sent = bytes(ForkingPickler.dumps(batch))
+    assert (len(sent) < 20_000) == (num_bytes >= SHARED_BYTES)
+    arrived = ForkingPickler.loads(sent)
+    for field in fields(batch):
+        value, other = getattr(batch, field.name), getattr(arrived, field.name)
+        assert torch.equal(value, other) if isinstance(value, torch.Tensor) else value == other, field.name

@@ -251,6 +251,21 @@ def test_a_multimodal_template_that_forgets_a_visual_is_refused():
         tokenise(talk("<video>\nwho?", "me", num_visuals=1), tokenizer, 99)
 
 
+def test_short_texts_that_recur_are_tokenised_once_and_by_each_tokenizer_itself(monkeypatch):
+    plain, worded = load_tokenizer("byte"), load_tokenizer("byte:moon")
+    asked, encode = [], type(plain).encode
+    monkeypatch.setattr(
+        type(plain), "encode", lambda self, text, **more: asked.append(text) or encode(self, text, **more)
+    )
+    short, long = talk("<video> moon?", "red", num_visuals=1), talk("why? " * 20, "red")
+    texts = [[tokenise(each, tokenizer, 999) for each in (short, long)] for tokenizer in (plain, worded) * 2]
+    said = [text for text in asked if "<|" not in text]
+    assert sorted(said) == sorted([" moon?", "red"] * 2 + [("why? " * 20).strip()] * 4)
+    assert texts[:2] == texts[2:] and len(texts[0][0].ids) == len(texts[1][0].ids) + 3
+    texts[0][0].ids.clear()  # nobody else's
+    assert tokenise(short, plain, 999) == texts[2][0]
+
+
 def test_no_name_is_told():
     with pytest.raises(UserError, match="llm.tokenizer is not set; give init_from=FOLDER"):
         load_tokenizer(None)

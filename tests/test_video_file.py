@@ -62,6 +62,24 @@ def test_each_group_of_pictures_is_decoded_once_and_skipped_ones_never(tmp_path,
         assert len(decoded) < 10, fmt
 
 
+@pytest.mark.parametrize(
+    ("fmt", "options"), [("mp4", {}), ("mp4", {"movflags": "frag_keyframe+empty_moov"}), ("mov", {})]
+)
+@pytest.mark.parametrize("codec", ["libx264", "libx265"])
+def test_what_the_header_of_an_mp4_tells_is_what_looking_into_it_finds(tmp_path, monkeypatch, fmt, options, codec):
+    times = [500, *range(530, 2900, 40)]
+    path = mux(tmp_path / "clip", times, fmt, codec, {"bf": "3"}, container_options=options, audio_s=1.0)
+    opened = []
+    monkeypatch.setattr(video_file.av, "open", lambda *a, plain=av.open, **k: opened.append(k) or plain(*a, **k))
+    quick, told = read_clip(path, "clip", EIGHT), probe_video(path, "clip")
+    is_quick = len(opened) == 3 and all("codec_whitelist" in each["container_options"] for each in opened)
+    assert is_quick == (not options)  # in fragments it tells too little
+    monkeypatch.setattr(video_file, "_TOLD_BY_MP4", set())
+    slow = read_clip(path, "clip", EIGHT)
+    assert torch.equal(quick.frames_FCHW, slow.frames_FCHW) and torch.equal(quick.frame_time_s_F, slow.frame_time_s_F)
+    assert told == probe_video(path, "clip") and len(set(numbers(quick))) >= 7
+
+
 # -- how they look ------------------------------------------------------------------------------------------------
 
 
@@ -118,36 +136,6 @@ def test_resizing_is_antialiased_and_stretches():
     assert small.shape == (4, 3, 32, 32) and small.is_contiguous()
     assert (small.float() - reference).abs().mean() < 1.5
     assert read_clip(video, "c", sampling, (48, 80)).frames_FCHW.shape[2:] == (48, 80)
-
-
-# -- encoding -----------------------------------------------------------------------------------------------------
-
-
-def test_encoding_settings_reach_the_encoder():
-    noise = np.random.default_rng(0).integers(0, 256, (24, 64, 64, 3), dtype=np.uint8)
-    assert probe_video(encode_video(noise, 23.976, gop=6), "c").keyframe_times_s == pytest.approx(
-        [0, 0.25, 0.5, 0.75], abs=0.01
-    )
-    assert len(encode_video(noise, 25.0, crf=40)) < 0.5 * len(encode_video(noise, 25.0))
-    assert encode_video(noise, 25.0, preset="slow") != encode_video(noise, 25.0)
-    assert probe_video(encode_video(noise, 25.0, "libx265"), "c").codec == "hevc"
-
-
-@pytest.mark.parametrize(
-    ("change", "named"),
-    [
-        ({"codec": "prores"}, "prores"),
-        ({"preset": "warp"}, "warp"),
-        ({"pix_fmt": "rgb999"}, "rgb999"),
-        ({"fps_hz": 0}, "fps_hz"),
-        ({"frames_FHWC": np.zeros((0, 8, 8, 3), np.uint8)}, r"\(0, 8, 8, 3\)"),
-        ({"frames_FHWC": np.zeros((2, 8, 8, 3), np.float32)}, "float32"),
-        ({"frames_FHWC": np.zeros((2, 7, 9, 3), np.uint8)}, r"\(7, 9\)"),
-    ],
-)
-def test_encoding_mistakes_are_named(change, named):
-    with pytest.raises(UserError, match=named):
-        encode_video(**({"frames_FHWC": numbered_frames(2), "fps_hz": 4.0} | change))
 
 
 # -- bad files ----------------------------------------------------------------------------------------------------
