@@ -188,7 +188,10 @@ class Bench:
         if pooler.needs & {"question", "question_summary"}:
             question_QD = self.patches_FNE.new_empty(QUESTION_TOKENS, LLM_WIDTH).normal_()
             given["questions"] = Questions(question_QD, torch.tensor([0, QUESTION_TOKENS]), question_QD[-1:])
-        tokens, results = self.set_of(self.patches_FNE), []
+        patches_FNE = self.patches_FNE
+        if width != self.tower.width:  # the projector's work is not the pooler's
+            patches_FNE = patches_FNE.new_empty(*patches_FNE.shape[:2], width).normal_()
+        tokens, results = self.set_of(patches_FNE), []
 
         def pool() -> None:
             results[:] = [pooler(tokens, **given)]

@@ -57,7 +57,7 @@ def find_weights(folder: Path, setting: str) -> Path:
     """
     index, single = folder / INDEX, folder / WEIGHTS
     if single.is_file():
-        _check_length(single, setting)
+        read_names(single, setting)
         return single
     if index.is_file():
         _check_shards(index, setting)
@@ -113,23 +113,29 @@ def _check_shards(index: Path, setting: str) -> None:
             f"finish the download"
         )
     for name in files:
-        _check_length(index.parent / name, setting)
+        read_names(index.parent / name, setting)
 
 
-def _check_length(path: Path, setting: str) -> None:
+def read_names(path: Path, setting: str) -> set[str]:
+    """List the weights of a safetensors file by its header.
+
+    Raises:
+        UserError: it is damaged or cut short.
+    """
     size = path.stat().st_size
     try:
         with path.open("rb") as file:
             header_bytes = int.from_bytes(file.read(_HEADER_BYTES), "little")
             header = json.loads(file.read(header_bytes)) if _HEADER_BYTES + header_bytes <= size else {}
-        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        ends = {name: entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"}
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{setting}={path.parent}: {path.name} is damaged or no safetensors file ({error})") from error
-    whole = _HEADER_BYTES + header_bytes + max(ends, default=0)
+    whole = _HEADER_BYTES + header_bytes + max(ends.values(), default=0)
     if size < whole:
         raise UserError(
             f"{setting}={path.parent}: {path.name} is cut short, {size} of {whole} bytes or more; download it again"
         )
+    return set(ends)
 
 
 def read_json(path: Path, setting: str) -> dict[str, Any]:

@@ -5,6 +5,7 @@ Axis letters:
 """
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -20,7 +21,10 @@ from lightning_crosslmm.encoder.hooked import hooked
 from lightning_crosslmm.encoder.saliency import fill_attention, fold_probe, probe_saliency, recorded
 from lightning_crosslmm.encoder.stem import ConvStem
 from lightning_crosslmm.errors import UserError, nearest
+from lightning_crosslmm.pretrained_folder import find_weights, read_config, read_names
 from lightning_crosslmm.taps import BlockHook, Taps
+
+_SETTING = "encoder.pretrained"
 
 
 class TimmEncoder(Encoder):
@@ -29,8 +33,8 @@ class TimmEncoder(Encoder):
     Args:
         name: timm's model name, such as ``vit_so400m_patch14_siglip_384``.
         image_size: pixels per side; timm resizes position embeddings where it can.
-        pretrained: load the weights timm names for the model (from its hub or the local cache). Not loaded on the meta
-            device.
+        pretrained: load the weights timm names for the model (from its hub or the local cache); or a local folder that
+            has them, as timm's ``save_for_hf`` writes it. Not loaded on the meta device.
         layer: block whose output is read; negative counts from the last. -2 is the LLaVA convention.
         final_norm: apply the tower's last norm to it.
         frames_per_chunk: most frames in one call.
@@ -40,14 +44,15 @@ class TimmEncoder(Encoder):
         feature_cache: see `Encoder`.
 
     Raises:
-        UserError: an unknown name or argument, a model without patch tokens, or a block it does not have.
+        UserError: an unknown name or argument, a model without patch tokens, a block it does not have, or a folder that
+            holds no whole weights of this model.
     """
 
     def __init__(
         self,
         name: str,
         image_size: int,
-        pretrained: bool = False,
+        pretrained: bool | str = False,
         layer: int = -1,
         final_norm: bool = True,
         frames_per_chunk: int = 64,
@@ -56,31 +61,7 @@ class TimmEncoder(Encoder):
         same_frame_tolerance: float | None = None,
         feature_cache: FeatureCache | None = None,
     ) -> None:
-        if stem not in ("patch", "conv"):
-            raise UserError(f"encoder.stem is '{stem}'; right are patch, conv{nearest(stem, ('patch', 'conv'))}")
-        own_stem: dict[str, Any] = {"embed_layer": ConvStem} if stem == "conv" else {}
-        if not timm.is_model(name):
-            raise UserError(f"encoder.name is '{name}', which timm does not know{nearest(name, timm.list_models())}")
-        on_meta = torch.get_default_device().type == "meta"
-        try:
-            tower: Any = timm.create_model(
-                name,
-                pretrained=pretrained and not on_meta,
-                num_classes=0,
-                img_size=image_size,
-                **own_stem,
-                **(config or {}),
-            )
-        except (TypeError, AssertionError, RuntimeError, OSError) as error:  # the last two: weights that do not fit
-            raise UserError(
-                f"timm could not build encoder.name '{name}' with image_size {image_size} and "
-                f"encoder.config {dict(config or {})}: {error}"
-            ) from error
-        if not hasattr(tower, "blocks") or not hasattr(tower, "patch_embed"):
-            raise UserError(
-                f"encoder.name '{name}' gives no patch tokens; choose a vision transformer, such "
-                "as a vit_* or eva02_* model"
-            )
+        tower: Any = _build_tower(name, image_size, pretrained, stem, config or {})
         data = tower.pretrained_cfg
         super().__init__(image_size, data["mean"], data["std"], frames_per_chunk, same_frame_tolerance, feature_cache)
         self.num_blocks = len(tower.blocks)
@@ -170,6 +151,58 @@ class TimmEncoder(Encoder):
     def gradient_checkpointing_enable(self) -> None:
         """Recompute the tower's blocks in the backward pass."""
         self.tower.set_grad_checkpointing(True)
+
+
+def _build_tower(name: str, image_size: int, pretrained: bool | str, stem: str, config: Mapping[str, Any]) -> nn.Module:
+    if stem not in ("patch", "conv"):
+        raise UserError(f"encoder.stem is '{stem}'; right are patch, conv{nearest(stem, ('patch', 'conv'))}")
+    if not timm.is_model(name):
+        raise UserError(f"encoder.name is '{name}', which timm does not know{nearest(name, timm.list_models())}")
+    settings: dict[str, Any] = {"embed_layer": ConvStem} if stem == "conv" else {}
+    if (file := _file_in(pretrained, name)) is not None:
+        settings["pretrained_cfg_overlay"] = {"file": str(file)}
+    on_meta = torch.get_default_device().type == "meta"
+    try:
+        tower = timm.create_model(
+            name,
+            pretrained=bool(pretrained) and not on_meta,
+            num_classes=0,
+            img_size=image_size,
+            **settings,
+            **config,
+        )
+    except (TypeError, AssertionError, RuntimeError, OSError) as error:  # the last two: weights that do not fit
+        raise UserError(
+            f"timm could not build encoder.name '{name}' with image_size {image_size} and "
+            f"encoder.config {dict(config)}: {error}"
+        ) from error
+    if file is not None:
+        _check_names(tower, file)
+    if not hasattr(tower, "blocks") or not hasattr(tower, "patch_embed"):
+        raise UserError(
+            f"encoder.name '{name}' gives no patch tokens; choose a vision transformer, such as a vit_* or an eva02_*"
+        )
+    return tower
+
+
+def _file_in(pretrained: bool | str, name: str) -> Path | None:
+    """Find the weights of a local folder and look them over; None where timm finds them by itself."""
+    if isinstance(pretrained, bool):
+        return None
+    folder = Path(pretrained)
+    theirs = read_config(folder, _SETTING).get("architecture", "unknown")
+    if theirs != name:
+        raise UserError(f"{_SETTING}={folder}: holds a {theirs}, and encoder.name is {name}; give the one or the other")
+    return find_weights(folder, _SETTING)
+
+
+def _check_names(tower: nn.Module, file: Path) -> None:
+    # timm lets weights be missing where a model has no classifier
+    if missing := sorted(set(tower.state_dict()) - read_names(file, _SETTING)):
+        raise UserError(
+            f"{_SETTING}={file.parent}: lacks {len(missing)} weights, such as {missing[0]}; it was not saved whole, or "
+            "encoder.config asks for parts that it has not"
+        )
 
 
 def _folds(head: Any, norm: nn.Module) -> bool:

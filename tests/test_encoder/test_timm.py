@@ -1,6 +1,11 @@
+import os
+
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
+from timm.models import save_for_hf
+from torch import nn
 
 from lightning_crosslmm.encoder import TimmEncoder
 from lightning_crosslmm.errors import UserError
@@ -125,3 +130,43 @@ def test_weights_of_timm_that_do_not_fit_are_refused(damage, tmp_path):
         torch.save({**tiny_encoder().tower.state_dict(), name: torch.zeros(3, 5)}, file)
     with pytest.raises(UserError, match=f"(?s)timm could not build encoder.name .*({name}|weights.pt)"):
         tiny_encoder(pretrained=True, config={"pretrained_cfg_overlay": {"file": str(file)}})
+
+
+def save_folder(folder):
+    encoder = tiny_encoder()
+    for parameter in encoder.parameters():
+        nn.init.normal_(parameter)
+    save_for_hf(encoder.tower, folder, model_config={"architecture": "vit_tiny_patch16_224"}, safe_serialization=True)
+    return encoder
+
+
+def test_a_local_folder_of_timm_is_loaded(tmp_path):
+    saved = save_folder(tmp_path)
+    loaded = tiny_encoder(pretrained=str(tmp_path))
+    assert torch.equal(loaded(FRAMES), saved(FRAMES))
+    with torch.device("meta"):
+        tiny_encoder(pretrained=str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: (path / "model.safetensors").unlink(), "no weights; expected model.safetensors"),
+        (lambda path: (path / "model.safetensors").rename(path / "model.bin"), "has pickled weights"),
+        (lambda path: os.truncate(path / "model.safetensors", 2000), "cut short|damaged"),
+        (
+            lambda path: (path / "config.json").write_text('{"architecture": "vit_x"}'),
+            "holds a vit_x",
+        ),
+        (lambda path: (path / "config.json").unlink(), "has no config.json"),
+        (
+            lambda path: save_file({"norm.bias": torch.zeros(16)}, path / "model.safetensors"),
+            r"lacks \d+ weights, such as blocks.0.attn",
+        ),
+    ],
+)
+def test_a_local_folder_that_does_not_fit_is_refused(damage, message, tmp_path):
+    save_folder(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(UserError, match=message):
+        tiny_encoder(pretrained=str(tmp_path))
