@@ -119,7 +119,7 @@ def draw_learning(arms: Sequence[Arm], task: str) -> bytes | None:
     figure = Figure(figsize=(width, height))
     FigureCanvasAgg(figure)
     room = {"left": 0.7 / width, "right": 1 - 0.2 / width, "bottom": 0.6 / height, "top": 1 - 0.7 / height}
-    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False, gridspec_kw=room).flat
+    panels = list(figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False, gridspec_kw=room).flat)
     figure.subplots_adjust(wspace=0.06, hspace=0.22)
     lines = {arm.label: [(step, mean) for step, mean, _, _ in curves[arm.label]] for arm in shown}
     handles = {}
@@ -134,8 +134,9 @@ def draw_learning(arms: Sequence[Arm], task: str) -> bytes | None:
         panel.set_title(_plain(label), fontsize=9, pad=4)
         panel.grid(color="#eef0f3", linewidth=0.6)
         panel.tick_params(labelsize=8)
-    for panel in panels:  # what the loop left over
-        panel.set_axis_off()
+    for number in range(len(families), len(panels)):
+        panels[number].set_axis_off()
+        panels[number - columns].tick_params(labelbottom=True)  # the lowest of its column now
     figure.supxlabel("optimizer steps", fontsize=9)
     figure.supylabel(task, fontsize=9)
     if set(handles) != {""}:

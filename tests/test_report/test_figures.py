@@ -64,6 +64,13 @@ def test_many_arms_get_room(tmp_path: Path) -> None:
     assert many.shape[1] > few.shape[1] + 100  # a second column of names
 
 
+def test_places_without_an_arm_stay_empty(tmp_path: Path) -> None:
+    drawn = matplotlib.image.imread(io.BytesIO(draw_learning(sweep(tmp_path, 5), "val/accuracy")))[..., :3]
+    height, width = drawn.shape[:2]
+    lower = drawn[int(0.65 * height) : int(0.85 * height)]  # of four panels a row, the fifth is alone there
+    assert (lower[:, : int(0.3 * width)] < 1).any() and (lower[:, int(0.32 * width) :] == 1).all()
+
+
 def test_what_was_not_measured_is_not_drawn(tmp_path: Path) -> None:
     arms = sweep(tmp_path)
     assert draw_pareto(arms, "val/accuracy", TIME) is None and draw_pareto(arms[:1], "val/accuracy", FLOPS) is None
