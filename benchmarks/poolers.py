@@ -42,6 +42,7 @@ QUESTION_TOKENS = 16
 # Budgets of a published size where the arm's default is the tiny probe's, of 16 patches a frame.
 BUDGETS = {
     "c_abstractor": ["pooler.num_tokens=9", "pooler.width=1024", "pooler.depth=3"],
+    "dymu": ["pooler.thresholds=1.0"],  # nothing merges, which is its most work: of random weights patches look alike
     "folder": ["pooler.num_tokens=64"],
     "perceiver": ["pooler.num_tokens=64", "pooler.depth=6", "pooler.heads=8", "pooler.head_width=64"],
     "qformer": ["pooler.num_tokens=32", "pooler.width=768", "pooler.depth=12", "pooler.heads=12"],
